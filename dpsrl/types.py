@@ -1,0 +1,91 @@
+"""Records that cross a process boundary, and the one error meant for people. numpy only.
+
+A worked example used below: a prompt of 3 tokens, G = 2 rollouts of 2 and 3 tokens, the first
+one right and the second one wrong.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+class UserError(ValueError):
+    """A mistake a person can mend. The message is one sentence: what is wrong, the value, what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One dataset item, tokenized: `Prompt(7, "9f2c..", [5, 6, 7], "3 5=8:", {...})`."""
+
+    index: int  # row in the PromptSet; what selectors and the controller count with
+    id: str  # content hash: stable when rows move, the same in every run
+    token_ids: np.ndarray  # int32 (prompt_len,), chat template applied
+    text: str  # what the person wrote, before the template
+    answer: Any  # what the reward function is given beside the response
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What a reward function says of one response.
+
+    `reward` is what the advantage uses; `correct` is what solving states and accuracy count.
+    """
+
+    reward: float
+    correct: bool
+
+
+@dataclass(slots=True)
+class Rollout:
+    """One response as the engine sampled it: `Rollout([8, 2], [-0.1, -0.3], "stop")`."""
+
+    token_ids: np.ndarray  # int32 (response_len,), the closing EOS included
+    logprobs: np.ndarray  # float32 (response_len,), of the sampled tokens, at sampling temperature
+    finish_reason: str  # "stop": ended by EOS; "length": cut at the token limit
+
+
+@dataclass(slots=True)
+class Group:
+    """The G rollouts of one prompt, and after scoring their rewards.
+
+    Example: rewards [1, 0], correct [True, False] -> num_solved 1, num_scored 2, mixed.
+    A rollout whose reward failed is missing (`scores[i] is None`): it leaves both counts.
+    """
+
+    index: int
+    prompt_id: str
+    prompt_token_ids: np.ndarray  # int32 (prompt_len,)
+    rollouts: list[Rollout]
+    policy_version: int  # weights that sampled it
+    scores: list[Score | None] = field(default_factory=list)
+
+    @property
+    def num_solved(self) -> int:
+        return sum(score.correct for score in self.scores if score is not None)
+
+    @property
+    def num_scored(self) -> int:
+        return sum(score is not None for score in self.scores)
+
+    @property
+    def mixed(self) -> bool:
+        """Both right and wrong answers: the group carries a learning signal."""
+        return 0 < self.num_solved < self.num_scored
+
+    @property
+    def rewards_G(self) -> np.ndarray:
+        """float64 (G,), NaN where the reward is missing."""
+        return np.array([np.nan if s is None else s.reward for s in self.scores])
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """One rollout ready for the trainer: prompt and response joined, with its advantage."""
+
+    token_ids: np.ndarray  # int32 (prompt_len + response_len,)
+    prompt_len: int
+    rollout_logprobs: np.ndarray  # float32 (response_len,)
+    advantage: float
