@@ -89,3 +89,23 @@ class Sequence:
     prompt_len: int
     rollout_logprobs: np.ndarray  # float32 (response_len,)
     advantage: float
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutRequest:
+    """One prompt to sample: the same request gives the same tokens from the same weights."""
+
+    request_id: int
+    prompt_token_ids: np.ndarray  # int32 (prompt_len,)
+    num_rollouts: int
+    temperature: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class WeightMeta:
+    """Name, dtype and full shape of one parameter on the wire: `WeightMeta("lm_head.weight", "float32", (264, 192))`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]

@@ -1,0 +1,28 @@
+# Everything works from a fresh clone: what needs .venv makes it first (scripts/install.sh).
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test check clean
+
+PYTHON_BIN := .venv/bin/python
+# DeepSpeed and torch look for ninja on the PATH.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+help:  ## What there is
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install:  ## Make .venv with everything in it; does nothing the second time
+	@bash scripts/install.sh
+
+quickstart: install  ## Train a tiny model on Countdown, without a GPU; ARGS="train.steps=20" adds keys
+	@$(PYTHON_BIN) -m dpsrl.train +recipe=quickstart $(ARGS)
+
+test: install  ## Unit and integration tests; ARGS="-k name" goes to pytest
+	@$(PYTHON_BIN) -m pytest -m "not gpu and not slow" $(ARGS)
+
+check: install  ## Lint, format and the unit tests
+	@$(PYTHON_BIN) -m ruff check .
+	@$(PYTHON_BIN) -m ruff format --check .
+	@$(PYTHON_BIN) -m pytest -m "not gpu and not slow" tests/unit
+
+clean:  ## Remove caches and build outputs; .venv and runs stay
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	find dpsrl tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

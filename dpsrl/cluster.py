@@ -1,0 +1,167 @@
+"""The Ray session: the resource plan and its shortfall, actors and their output, waits with a deadline.
+
+Every wait (`run.stall_s`) names whom it waits for. A local cluster starts here and ends with the run. What the
+actors are asked to do is in `pools.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from dpsrl.config import Config
+from dpsrl.types import UserError
+
+# --- the plan: what a run needs, what is here, and the difference in words -----------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """GPUs that a run needs, and how they are shared out."""
+
+    num_engines: int
+    num_ranks: int
+    gpus: int
+    words: str
+
+
+def resource_plan(config: Config) -> Plan:
+    engines, ranks, width = config.rollout.num_workers, config.trainer.num_workers, config.rollout.tensor_parallel
+    parts = f"{engines} engine{'s' * (engines > 1)} and {ranks} trainer rank{'s' * (ranks > 1)}"
+    if config.cluster.device == "cpu":
+        return Plan(engines, ranks, 0, f"{parts} on CPU cores")
+    if config.cluster.placement == "colocate":
+        if width > 1:
+            raise UserError(f"rollout.tensor_parallel={width} with cluster.placement=colocate: use split, or 1")
+        return Plan(engines, ranks, max(engines, ranks), f"{parts} on shared GPUs")
+    gpus = engines * width + ranks
+    return Plan(engines, ranks, gpus, f"{parts}, {engines} x {width} + {ranks} GPUs of their own")
+
+
+def num_local_gpus() -> int:
+    """GPUs that this process may use, found without importing torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([item for item in visible.split(",") if item.strip() not in ("", "-1")])
+    try:
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10, check=False)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return 0
+    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+
+
+def check_resources(plan: Plan, num_gpus: int, where: str = "this machine") -> None:
+    """Raises UserError with what is needed, what was found and what to try."""
+    if plan.gpus > num_gpus:
+        fewer = "set rollout.num_workers and trainer.num_workers so that they fit, " if num_gpus > 1 else ""
+        raise UserError(
+            f"this run needs {plan.gpus} GPUs ({plan.words}) and {where} has {num_gpus}: {fewer}"
+            "set cluster.address to a Ray cluster that has them, or try the recipe without GPUs by cluster=cpu model=tiny"
+        )
+
+
+# --- the cluster --------------------------------------------------------------------------------------
+
+
+class StallError(RuntimeError):
+    """A party did not answer in time, or died; the message names it and its log."""
+
+
+class Cluster:
+    """Owns the Ray session and the actors started in it. Leaving the context ends them all."""
+
+    def __init__(self, config: Config, log_dir: Path) -> None:
+        self.config, self.log_dir = config, log_dir.absolute()
+        self.local = not config.cluster.address
+        self.actors: dict[Any, str] = {}
+        self.placement: PlacementGroup | None = None
+        self.plan = resource_plan(config)
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        num_actors = self.plan.num_engines + self.plan.num_ranks + 1
+        local = {"num_cpus": max(os.cpu_count() or 1, num_actors), "include_dashboard": False} if self.local else {}
+        ray.init(address=config.cluster.address or "local", log_to_driver=False, logging_level="ERROR", **local)
+        if not self.local:
+            check_resources(self.plan, int(ray.cluster_resources().get("GPU", 0)), f"cluster {config.cluster.address}")
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for actor in self.actors:
+            ray.kill(actor)
+        ray.shutdown()
+
+    def start(self, cls: type, name: str, *args: Any, env: dict[str, str] | None = None, **options: Any) -> Any:
+        """An actor of `cls`, its output in logs/<name>.log. Options are Ray's."""
+        actor_cls = ray.remote(_logged(cls, str(self.log_dir / f"{name}.log")))
+        env_vars = {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"} | (env or {})
+        actor = actor_cls.options(runtime_env={"env_vars": env_vars}, **options).remote(*args)
+        self.actors[actor] = name
+        return actor
+
+    def kill(self, actor: Any) -> None:
+        ray.kill(actor)
+        del self.actors[actor]
+
+    def get(self, calls: dict[Any, Any], what: str) -> list[Any]:
+        """Results of `{actor: reference}`, in order; StallError names the one that failed or kept silent."""
+        results = []
+        for actor, call in calls.items():
+            name = self.actors[actor]
+            try:
+                results.append(ray.get(call, timeout=self.config.run.stall_s))
+            except ray.exceptions.GetTimeoutError:
+                raise StallError(f"{name} did not {what} within {self.config.run.stall_s:.0f} s; {self._log(name)}") from None
+            except ray.exceptions.ActorDiedError as error:
+                raise StallError(f"{name} died while it should {what}; {self._log(name)}") from error
+        return results
+
+    def _log(self, name: str) -> str:
+        return f"its log is {self.log_dir / name}.log"
+
+    def threads(self, num_workers: int) -> int:
+        """CPU threads of each of `num_workers` that compute at the same time."""
+        cores = os.cpu_count() or 1
+        wanted = self.config.cluster.cpus_per_worker
+        return max(1, min(wanted, cores // num_workers)) if self.config.cluster.device == "cpu" else wanted
+
+    def gpu_options(self, index: int, num_gpus: int) -> dict[str, Any]:
+        """Ray options that give an actor its GPUs: whole ones, or half of bundle `index` when colocated."""
+        if self.config.cluster.device == "cpu":
+            return {"num_cpus": 1}
+        cpus = self.config.cluster.cpus_per_worker
+        if self.config.cluster.placement == "split":
+            return {"num_cpus": cpus, "num_gpus": num_gpus}
+        if self.placement is None:
+            self.placement = placement_group([{"GPU": 1, "CPU": 2 * cpus}] * self.plan.gpus)
+            if not self.placement.wait(timeout_seconds=self.config.run.stall_s):
+                raise StallError(f"Ray did not place {self.plan.words} within {self.config.run.stall_s:.0f} s")
+        strategy = PlacementGroupSchedulingStrategy(self.placement, placement_group_bundle_index=index)
+        return {"num_cpus": cpus, "num_gpus": 0.5, "scheduling_strategy": strategy}
+
+
+def _logged(cls: type, path: str) -> type:
+    """`cls` with its process's output in a file, whatever library writes it."""
+
+    class Logged(cls):
+        def __init__(self, *args: Any) -> None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+            super().__init__(*args)
+
+        def node_address(self) -> str:
+            return ray.util.get_node_ip_address()
+
+    Logged.__name__ = Logged.__qualname__ = cls.__name__  # Ray tells actor classes apart by these
+    return Logged

@@ -1,0 +1,384 @@
+"""The one schema: every key with its unit, range and meaning, and how a configuration is put together.
+
+Owns composition (train.yaml < +recipe= < command line), types, ranges, and the refusal of keys that are
+unknown or would have no effect. Knows no torch, no Ray and no data: what depends on files or hardware is
+checked where the files are read and in `cluster.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dpsrl.types import UserError
+
+PACKAGE_DIR = Path(__file__).parent
+
+
+def key(default: Any, text: str, *, ge=None, gt=None, le=None, choices: tuple = ()) -> Any:
+    """A configuration key: its default, what it means (with unit), and the values it accepts."""
+    metadata = {"text": text, "ge": ge, "gt": gt, "le": le, "choices": choices}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class RunConfig:
+    name: str = key("run", "first part of the default run folder's name")
+    dir: str = key("", "run folder; empty: runs/<run.name>-<time>")
+    stall_s: float = key(1800.0, "seconds that any one wait on another process may take before the run ends", gt=0)
+
+
+@dataclass
+class ModelConfig:
+    path: str = key(MISSING, "folder or Hugging Face name of the model to train")
+    dtype: str = key("bfloat16", "compute type on both ends", choices=("bfloat16", "float32"))
+    max_prompt_tokens: int = key(1024, "longer prompts are dropped when the data is read", ge=1)
+    max_response_tokens: int = key(1024, "responses are cut here", ge=1)
+
+
+@dataclass
+class CountdownConfig:
+    num_train: int = key(2000, "training prompts", ge=1)
+    num_test: int = key(512, "held-out prompts of each countdown benchmark", ge=1)
+    numbers: list[int] = key([3, 4], "how many numbers a prompt has, in equal shares")
+    max_number: int = key(99, "largest number given", ge=4)
+    max_target: int = key(100, "largest target", ge=1)
+    format: str = key("paper", "wording of the prompt", choices=("paper", "short"))
+
+
+@dataclass
+class DataConfig:
+    train: str = key(MISSING, "'countdown', a .jsonl/.json/.parquet file, or a Hugging Face dataset name")
+    eval_dir: str = key("", "folder that holds <benchmark>.jsonl or .parquet")
+    split: str = key("train", "split of a Hugging Face dataset")
+    prompt_key: str = key("problem", "column of the problem text")
+    answer_key: str = key("answer", "column of the reference answer")
+    instruction: str = key("{problem}", "the user message; {problem} is replaced by the problem text")
+    countdown: CountdownConfig = field(default_factory=CountdownConfig)
+
+
+@dataclass
+class RewardConfig:
+    fn: str = key("math", "'math', 'countdown', or 'my_module:function' of (response, answer)")
+    num_workers: int = key(1, "scoring processes", ge=1)
+    deadline_s: float = key(5.0, "seconds one response may take; over it the reward is missing, not 0", gt=0)
+
+
+@dataclass
+class SelectionConfig:
+    """Options left at null take the method's own default; one the method does not use is refused."""
+
+    method: str = key("dps", "how prompts are chosen")
+    admission: str = key("all", "which scored groups are trained on", choices=("all",))
+    decay: float | None = key(None, "dps: share of the transition counts kept each step", ge=0, le=1)
+    prior_alpha: Any = key(None, "dps: prior transition counts (uniform, progress, stability, a number, 3x3)")
+    prior_pi: Any = key(None, "dps: prior over states before the first step (uniform, or three numbers)")
+    entropy_weight: float | None = key(None, "dps: weight of the belief's entropy in the score", ge=0)
+
+
+@dataclass
+class RolloutConfig:
+    num_workers: int = key(1, "vLLM engines", ge=1)
+    num_rollouts: int = key(8, "rollouts per prompt", ge=2)
+    temperature: float = key(1.0, "sampling temperature, applied in the trainer too", gt=0)
+    max_num_seqs: int = key(256, "sequences one engine decodes at once", ge=1)
+    tensor_parallel: int = key(1, "GPUs one engine spans", ge=1)
+    gpu_memory_share: float = key(0.8, "share of a GPU's memory that an engine takes", gt=0, le=1)
+    kv_cache_gib: int = key(1, "CPU engines: GiB of key-value cache", ge=1)
+    enforce_eager: bool = key(False, "GPU engines: no CUDA graphs")
+
+
+@dataclass
+class AlgoConfig:
+    """Defaults are DAPO's (arXiv 2503.14476); algo=grpo gives GRPO's (arXiv 2402.03300)."""
+
+    advantage: str = key("grpo", "group baseline", choices=("grpo", "dr_grpo"))
+    aggregation: str = key("token_mean", "how token losses are averaged", choices=("token_mean", "sequence_mean"))
+    clip_low: float = key(0.2, "the ratio is clipped below at 1 - clip_low", gt=0, le=1)
+    clip_high: float = key(0.28, "and above at 1 + clip_high", gt=0)
+    dual_clip: float = key(10.0, "bound on the ratio where the advantage is negative", gt=1)
+    max_importance_weight: float = key(2.0, "cap of trainer/engine probability, token by token", ge=1)
+    entropy_coef: float = key(0.0, "entropy bonus", ge=0)
+
+
+@dataclass
+class TrainerConfig:
+    num_workers: int = key(1, "DeepSpeed ranks", ge=1)
+    zero_stage: int = key(1, "DeepSpeed ZeRO stage", choices=(0, 1, 2, 3))
+    micro_batch_tokens: int = key(16384, "tokens, padding included, of one forward and backward pass", ge=1)
+    lr: float = key(1e-6, "peak learning rate", gt=0)
+    lr_schedule: str = key("constant", "after the warm-up", choices=("constant", "linear", "cosine"))
+    warmup_updates: int = key(0, "updates over which the learning rate rises from 0", ge=0)
+    weight_decay: float = key(0.1, "AdamW weight decay", ge=0)
+    beta1: float = key(0.9, "AdamW beta 1", ge=0, le=1)
+    beta2: float = key(0.999, "AdamW beta 2", ge=0, le=1)
+    max_grad_norm: float = key(1.0, "gradients are scaled down to this norm", gt=0)
+    gradient_checkpointing: bool = key(False, "recompute activations in the backward pass")
+
+
+@dataclass
+class TrainConfig:
+    steps: int = key(100, "select-to-sync cycles", ge=1)
+    batch: int = key(256, "prompts per step", ge=1)
+    num_updates: int = key(1, "optimizer updates per step, each on an equal share of the batch", ge=1)
+    max_lag: int = key(0, "steps that generation may run ahead of training", choices=(0,))
+
+
+@dataclass
+class EvalConfig:
+    every: int = key(0, "steps between evaluations; 0: only before and after", ge=0)
+    benchmarks: list[str] = key([], "'countdown', 'countdown3', 'countdown4', a file's stem in data.eval_dir, or owner/name")
+    num_rollouts: int = key(16, "samples per prompt: the K of avg@K", ge=1)
+    temperature: float = key(0.6, "sampling temperature", ge=0)
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = key(0, "steps between checkpoints; 0: only the last step's", ge=0)
+    keep: int = key(2, "checkpoints kept", ge=1)
+
+
+@dataclass
+class WeightSyncConfig:
+    backend: str = key(
+        "auto",
+        "auto: shared_memory on CPU, nccl for split and ipc for colocate placement",
+        choices=("auto", "shared_memory", "nccl", "ipc"),
+    )
+    bucket_mib: int = key(512, "MiB sent at a time", ge=1)
+    canary_tolerance: float = key(0.05, "mean |logprob| difference of both ends on one fixed sequence, nats", gt=0)
+
+
+@dataclass
+class ClusterConfig:
+    device: str = key("gpu", "what engines and trainers run on", choices=("gpu", "cpu"))
+    placement: str = key("split", "split: engines and trainers on GPUs of their own; colocate: shared", choices=("split", "colocate"))
+    address: str = key("", "address of a running Ray cluster; empty: start one here")
+    cpus_per_worker: int = key(1, "CPU threads of each engine and trainer", ge=1)
+
+
+@dataclass
+class LogConfig:
+    wandb: bool = key(False, "also log to Weights & Biases (WANDB_MODE decides online or offline)")
+    wandb_project: str = key("dpsrl", "Weights & Biases project")
+
+
+@dataclass
+class Config:
+    seed: int = key(0, "every random generator starts from it", ge=0)
+    dry_run: bool = key(False, "check everything, print the plan, start nothing")
+    resume: str = key("no", "'no', 'auto', or a checkpoint folder")
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    algo: AlgoConfig = field(default_factory=AlgoConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+# --- composition ------------------------------------------------------------------------------------
+
+
+def config_dir() -> Path:
+    """The folder of YAML files: inside an installed package, at the repository's top in a checkout."""
+    installed = PACKAGE_DIR / "configs"
+    return installed if installed.is_dir() else PACKAGE_DIR.parent / "configs"
+
+
+def load_config(arguments: list[str], entry: str = "train") -> Config:
+    """The checked configuration of `train.yaml < +recipe= < arguments`.
+
+    Raises UserError, one sentence, on the first key that is unknown, of the wrong type, out of range,
+    missing, or set without effect.
+    """
+    OmegaConf.register_new_resolver("package", lambda name: str(PACKAGE_DIR / name), replace=True)
+    ConfigStore.instance().store(name="schema", node=Config)
+    set_keys = _check_overrides(arguments)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            raw = compose(entry, overrides=arguments)
+        OmegaConf.resolve(raw)
+        missing = sorted(OmegaConf.missing_keys(raw))
+        if missing:
+            raise UserError(
+                f"{missing[0]} is not set: choose a recipe (+recipe={'|'.join(group_choices('recipe'))}) "
+                f"or give {missing[0]}=..."
+            )
+        config = OmegaConf.to_object(raw)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_composition_sentence(error, arguments)) from error
+    check(config, set_keys)
+    return config
+
+
+def group_choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+
+
+def schema_keys(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
+    """Every dotted key of the schema with its field, in order."""
+    for item in dataclasses.fields(cls):
+        nested = item.default_factory if dataclasses.is_dataclass(item.default_factory) else None
+        if nested:
+            yield from schema_keys(nested, f"{prefix}{item.name}.")
+        else:
+            yield prefix + item.name, item
+
+
+def _check_overrides(arguments: list[str]) -> set[str]:
+    """The keys set on the command line; refuses unknown ones and names the nearest known."""
+    groups = {path.name for path in config_dir().iterdir() if path.is_dir()}
+    known = [name for name, _ in schema_keys()]
+    set_keys = set()
+    for argument in arguments:
+        try:
+            override = OverridesParser.create().parse_override(argument)
+        except HydraException:
+            raise UserError(f"{argument!r} is not of the form key=value") from None
+        name = override.key_or_group
+        if name in groups:
+            _check_choice(name, override.value(), argument)
+        elif name not in known:
+            raise UserError(_unknown_key(name, known + sorted(groups)))
+        else:
+            set_keys.add(name)
+    return set_keys
+
+
+def _check_choice(group: str, value: Any, argument: str) -> None:
+    choices = group_choices(group)
+    if value not in choices:
+        raise UserError(f"{group}={value} does not exist: choose one of {', '.join(choices)}")
+    if group == "recipe" and not argument.startswith("+"):
+        raise UserError(f"recipe={value} is written with a plus: +recipe={value}")
+
+
+def _unknown_key(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    leaves = [candidate for candidate in known if candidate.split(".")[-1] == name.split(".")[-1]]
+    return f"unknown key {name!r}: the nearest known key is {(leaves or near)[0]!r}"
+
+
+def _composition_sentence(error: Exception, arguments: list[str]) -> str:
+    """One sentence out of hydra's and omegaconf's several lines."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    full_key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), "")
+    known = [name for name, _ in schema_keys()]
+    if full_key and full_key not in known and "not in" in lines[0]:
+        return _unknown_key(full_key, known)
+    given = next((text for text in arguments if text.lstrip("+").startswith(f"{full_key}=")), full_key)
+    return f"{given}: {lines[0]}" if given else lines[0]
+
+
+# --- checks -----------------------------------------------------------------------------------------
+
+
+def value_of(config: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        config = vars(config)[part]
+    return config
+
+
+def check(config: Config, set_keys: set[str] = frozenset()) -> None:
+    """Raises UserError on a value out of range, keys that contradict each other, or a set key without effect."""
+    for name, item in schema_keys():
+        _check_range(name, value_of(config, name), item.metadata)
+    _check_together(config)
+    for prefix, has_effect, reason in _EFFECTS:
+        for name in sorted(set_keys):
+            if name.startswith(prefix) and not has_effect(config):
+                raise UserError(f"{name} would have no effect: {reason}; leave it out")
+
+
+def _check_range(name: str, value: Any, limits: Any) -> None:
+    if value is None:
+        return
+    if limits["choices"] and value not in limits["choices"]:
+        raise UserError(f"{name}={value} is not one of {', '.join(map(str, limits['choices']))}")
+    for bound, holds, words in (
+        (limits["ge"], lambda v, b: v >= b, "at least"),
+        (limits["gt"], lambda v, b: v > b, "above"),
+        (limits["le"], lambda v, b: v <= b, "at most"),
+    ):
+        if bound is not None and not holds(value, bound):
+            raise UserError(f"{name}={value} is out of range: it must be {words} {bound}")
+
+
+def _check_together(config: Config) -> None:
+    if config.train.batch % config.train.num_updates:
+        raise UserError(
+            f"train.batch={config.train.batch} does not divide into train.num_updates={config.train.num_updates} "
+            "equal shares: choose a divisor"
+        )
+    if "{problem}" not in config.data.instruction:
+        raise UserError(f"data.instruction={config.data.instruction!r} lacks {{problem}}, the place of the problem text")
+    if not config.data.countdown.numbers or not all(2 <= count <= 6 for count in config.data.countdown.numbers):
+        raise UserError(f"data.countdown.numbers={config.data.countdown.numbers} must list counts from 2 to 6")
+    backend, device = config.weight_sync.backend, config.cluster.device
+    if backend != "auto" and (backend == "shared_memory") != (device == "cpu"):
+        raise UserError(f"weight_sync.backend={backend} does not work with cluster.device={device}: use auto")
+    if config.resume != "no":
+        raise UserError(f"resume={config.resume} is not built yet: start a new run with resume=no")
+
+
+def _has_countdown(config: Config) -> bool:
+    return config.data.train == "countdown" or any(b.startswith("countdown") for b in config.eval.benchmarks)
+
+
+# (key prefix, does it have an effect?, why not): a key set on the command line for nothing is refused.
+_EFFECTS: list[tuple[str, Callable[[Config], bool], str]] = [
+    ("data.countdown.", _has_countdown, "neither data.train nor eval.benchmarks is countdown"),
+    ("data.eval_dir", lambda c: any(not b.startswith("countdown") and "/" not in b for b in c.eval.benchmarks),
+     "no benchmark in eval.benchmarks is read from a folder"),
+    ("data.split", lambda c: c.data.train != "countdown" and not Path(c.data.train).suffix,
+     "data.train is not a Hugging Face dataset"),
+    ("eval.", lambda c: bool(c.eval.benchmarks), "eval.benchmarks is empty"),
+    ("checkpoint.keep", lambda c: c.checkpoint.every > 0, "checkpoint.every=0 writes only the last one"),
+    ("rollout.kv_cache_gib", lambda c: c.cluster.device == "cpu", "cluster.device is not cpu"),
+    ("rollout.tensor_parallel", lambda c: c.cluster.device == "gpu", "cluster.device is cpu"),
+    ("rollout.gpu_memory_share", lambda c: c.cluster.device == "gpu", "cluster.device is cpu"),
+    ("rollout.enforce_eager", lambda c: c.cluster.device == "gpu", "cluster.device is cpu"),
+    ("cluster.placement", lambda c: c.cluster.device == "gpu", "cluster.device is cpu"),
+    ("log.wandb_project", lambda c: c.log.wandb, "log.wandb is false"),
+]  # fmt: skip
+
+
+def help_text() -> str:
+    """The usage line and every key with its default and meaning."""
+    lines = ["usage: python -m dpsrl.train +recipe=NAME [group=choice ...] [key=value ...]", ""]
+    for path in sorted(config_dir().iterdir()):
+        if path.is_dir():
+            lines.append(f"  {'+' if path.name == 'recipe' else ''}{path.name}={'|'.join(group_choices(path.name))}")
+    lines.append("")
+    for name, item in schema_keys():
+        default = item.default if item.default is not dataclasses.MISSING else item.default_factory()
+        shown = "" if default == MISSING else f" [{default}]"
+        choices = f" ({', '.join(map(str, item.metadata['choices']))})" if item.metadata["choices"] else ""
+        lines.append(f"  {name}{shown}: {item.metadata['text']}{choices}")
+    return "\n".join(lines)

@@ -1,0 +1,283 @@
+"""Typed handles to the actors: the controller, the engines, the trainer ranks, and the weights between them.
+
+Each method is a call to every actor of its kind, with a deadline. This file and `cluster.py` are the only ones
+that import Ray.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from dpsrl.algo.packing import MicroBatch
+from dpsrl.cluster import Cluster, StallError
+from dpsrl.config import Config
+from dpsrl.controller import Controller
+from dpsrl.rollout import RolloutWorker
+from dpsrl.trainer import TrainerWorker
+from dpsrl.types import Rollout, RolloutRequest
+
+POLL_BUDGET_S = 1.0  # an engine without a finished request reports back after this long
+MAX_SYNC_ATTEMPTS = 3
+
+
+def transfer_backend(config: Config) -> str:
+    """The vLLM weight-transfer backend that `weight_sync.backend=auto` stands for."""
+    if config.weight_sync.backend != "auto":
+        return config.weight_sync.backend
+    if config.cluster.device == "cpu":
+        return "shared_memory"
+    return "nccl" if config.cluster.placement == "split" else "ipc"
+
+
+class ControllerHandle:
+    """The one controller actor; see `controller.Controller` for what each call means."""
+
+    def __init__(self, cluster: Cluster, **arguments: Any) -> None:
+        self.cluster = cluster
+        self.actor = cluster.start(_KeywordController, "controller", arguments, num_cpus=0)
+
+    def _call(self, method: Any, *args: Any) -> Any:
+        return self.cluster.get({self.actor: method.remote(*args)}, "answer")[0]
+
+    def select(self) -> list[tuple[int, float]]:
+        return self._call(self.actor.select)
+
+    def admit(self, outcomes: list) -> list[bool]:
+        return self._call(self.actor.admit, outcomes)
+
+    def observe(self) -> dict[str, float]:
+        return self._call(self.actor.observe)
+
+    def occupancy(self) -> dict[str, int]:
+        return self._call(self.actor.occupancy)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._call(self.actor.state_dict)
+
+
+class _KeywordController(Controller):
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        super().__init__(**arguments)
+
+
+class RolloutPool:
+    """Every engine. A stream of finished requests, in the order they finish."""
+
+    def __init__(self, cluster: Cluster, config: Config, backend: str) -> None:
+        self.cluster, self.config, self.backend = cluster, config, backend
+        self.outstanding: dict[int, RolloutRequest] = {}
+        self.engines = [self._start(index) for index in range(config.rollout.num_workers)]
+
+    def _start(self, index: int) -> Any:
+        threads = str(self.cluster.threads(self.config.rollout.num_workers))
+        env = {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if self.config.rollout.tensor_parallel == 1 else "1",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": threads,
+        }
+        options = self.cluster.gpu_options(index, self.config.rollout.tensor_parallel)
+        return self.cluster.start(RolloutWorker, f"engine-{index}", self.config, self.backend, env=env, **options)
+
+    def _all(self, what: str, method: str, *args: Any) -> list[Any]:
+        calls = {engine: getattr(engine, method).remote(*args) for engine in self.engines}
+        return self.cluster.get(calls, what)
+
+    def policy_versions(self) -> list[int]:
+        """Also the wait for the engines to be up."""
+        return self._all("start and name its policy version", "policy_version")
+
+    def stream(self, requests: Iterable[RolloutRequest]) -> Iterator[tuple[RolloutRequest, list[Rollout], int]]:
+        """(request, rollouts, policy_version) as each request's last rollout ends; `add` feeds more meanwhile."""
+        assert not self.outstanding, "one stream at a time"
+        self.load = {engine: 0 for engine in self.engines}
+        self.polls: dict[Any, Any] = {}
+        self.add(requests)
+        try:
+            while self.outstanding:
+                yield from self._next_finished()
+        finally:
+            self.outstanding.clear()
+
+    def add(self, requests: Iterable[RolloutRequest]) -> None:
+        """Hands each request to the engine with the least work."""
+        shares: dict[Any, list[RolloutRequest]] = {engine: [] for engine in self.engines}
+        for request in requests:
+            engine = min(self.engines, key=lambda candidate: self.load[candidate])
+            shares[engine].append(request)
+            self.load[engine] += request.num_rollouts
+            self.outstanding[request.request_id] = request
+        submitted = {engine: engine.submit.remote(share) for engine, share in shares.items() if share}
+        self.cluster.get(submitted, "take prompts")
+        for engine in submitted:
+            self._poll(engine)
+
+    def _poll(self, engine: Any) -> None:
+        if engine not in self.polls.values() and self.load[engine] > 0:
+            self.polls[engine.poll.remote(POLL_BUDGET_S)] = engine
+
+    def _next_finished(self) -> Iterator[tuple[RolloutRequest, list[Rollout], int]]:
+        ready, _ = ray.wait(list(self.polls), num_returns=1, timeout=self.config.run.stall_s)
+        if not ready:
+            silent = ", ".join(self.cluster.actors[engine] for engine in self.polls.values())
+            raise StallError(f"no engine answered a poll within {self.config.run.stall_s:.0f} s: {silent}")
+        engine = self.polls.pop(ready[0])
+        (finished,) = self.cluster.get({engine: ready[0]}, "generate")
+        self.load[engine] -= sum(len(rollouts) for _, rollouts, _ in finished)
+        self._poll(engine)  # the engine works on while the caller scores
+        for request_id, rollouts, version in finished:
+            yield self.outstanding.pop(request_id), rollouts, version
+
+    def logprobs(self, token_ids: np.ndarray, indices: Iterable[int]) -> dict[int, np.ndarray]:
+        """The canary's logprobs on the engines at `indices`."""
+        calls = {self.engines[index]: self.engines[index].logprobs.remote(token_ids) for index in indices}
+        return dict(zip(indices, self.cluster.get(calls, "score the canary"), strict=True))
+
+    def replace(self, index: int) -> None:
+        """A new engine, with the weights of the model folder: it needs a sync before it may serve."""
+        self.cluster.kill(self.engines[index])
+        self.engines[index] = self._start(index)
+
+
+class SyncClient:
+    """vLLM's weight-sync client, spoken by trainer rank 0 to every engine at once.
+
+    An engine that fails is left out of the rest of the update and listed in `failures`; it keeps its old
+    policy version, and whoever ordered the sync replaces it.
+    """
+
+    def __init__(self, engines: list[Any], expected: list, deadline_s: float, gpus_per_engine: int) -> None:
+        self.engines = dict(enumerate(engines))
+        self.expected, self.deadline_s, self.gpus_per_engine = expected, deadline_s, gpus_per_engine
+        self.policy_version = 0
+        self.failures: dict[int, str] = {}
+
+    def _each(self, calls: dict[int, Any]) -> None:
+        for index, call in calls.items():
+            try:
+                ray.get(call, timeout=self.deadline_s)
+            except ray.exceptions.RayError as error:
+                self.failures[index] = str(error).strip().splitlines()[-1]
+                del self.engines[index]
+        if not self.engines:
+            raise RuntimeError(f"weight sync failed on every engine: {self.failures}")
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        calls = {}
+        for index, engine in self.engines.items():
+            own = dict(init_info)
+            if "rank_offset" in own:  # each engine's workers follow the trainer and the engines before
+                own["rank_offset"] = 1 + index * self.gpus_per_engine
+            calls[index] = engine.init_weight_transfer.remote(own, self.expected)
+        self._each(calls)
+
+    def start_weight_update(self) -> None:
+        self._each({index: engine.start_weight_update.remote() for index, engine in self.engines.items()})
+
+    def update_weights(self, update_info: Any) -> None:
+        self._each({index: engine.update_weights.remote(update_info) for index, engine in self.engines.items()})
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        version = self.policy_version
+        self._each({index: engine.finish_weight_update.remote(version) for index, engine in self.engines.items()})
+
+
+class TrainerPool:
+    """Every trainer rank; calls go to all of them, as their collectives need."""
+
+    def __init__(self, cluster: Cluster, config: Config, backend: str) -> None:
+        self.cluster, self.config, self.backend = cluster, config, backend
+        num_ranks = config.trainer.num_workers
+        threads = cluster.threads(num_ranks)
+        env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        if config.cluster.device == "cpu":
+            env |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        if cluster.local and sys.platform == "linux":
+            env["GLOO_SOCKET_IFNAME"] = "lo"
+        self.ranks = [
+            cluster.start(TrainerWorker, f"trainer-{rank}", config, rank, threads, env=env, **cluster.gpu_options(rank, 1))
+            for rank in range(num_ranks)
+        ]
+
+    def _all(self, what: str, method: str, *args: Any) -> list[Any]:
+        return self.cluster.get({rank: getattr(rank, method).remote(*args) for rank in self.ranks}, what)
+
+    def start(self) -> None:
+        """Loads the model on every rank, once rank 0 has named where the others meet it."""
+        first = self.ranks[0]
+        host = "127.0.0.1" if self.cluster.local else self.cluster.get({first: first.node_address.remote()}, "start")[0]
+        (port,) = self.cluster.get({first: first.free_port.remote()}, "start")
+        self._all("start", "start", host, port)
+
+    def connect(self, rollouts: RolloutPool) -> None:
+        (expected, *_) = self._all("list its weights", "weight_metas")
+        width = self.config.rollout.tensor_parallel
+        client = SyncClient(rollouts.engines, expected, self.config.run.stall_s, width)
+        self._all("connect to the engines", "connect", client, self.backend, len(rollouts.engines) * width)
+
+    def send_weights(self, policy_version: int) -> dict[int, str]:
+        """Sends to every engine; the failures by engine index."""
+        return self._all("send its weights", "send_weights", policy_version)[0]
+
+    def train_step(self, updates_by_rank: list[list[list[MicroBatch]]]) -> dict[str, float]:
+        calls = {rank: rank.train_step.remote(updates) for rank, updates in zip(self.ranks, updates_by_rank, strict=True)}
+        return self.cluster.get(calls, "train")[0]
+
+    def logprobs(self, token_ids: np.ndarray) -> np.ndarray:
+        return self._all("score the canary", "logprobs", token_ids)[0]
+
+    def save_model(self, folder: Path) -> None:
+        self._all("save the model", "save_model", str(folder))
+
+
+class Weights:
+    """Owns the policy version, and the proof after each sync that both ends hold the same weights.
+
+    The proof is a canary: one fixed token sequence, whose logprobs both ends compute. An engine that failed
+    its update, reports another version or disagrees on the canary is replaced, never served from.
+    """
+
+    def __init__(self, trainers: TrainerPool, rollouts: RolloutPool, canary: np.ndarray, tolerance: float) -> None:
+        self.trainers, self.rollouts, self.canary, self.tolerance = trainers, rollouts, canary, tolerance
+        self.policy_version = 0
+        self.num_replaced = 0
+        trainers.connect(rollouts)
+
+    def check(self, failures: dict[int, str]) -> tuple[float, dict[int, str]]:
+        """Largest canary difference in nats among sound engines, and why the others are not."""
+        faults = dict(failures)
+        versions = self.rollouts.policy_versions()
+        for index, version in enumerate(versions):
+            if version != self.policy_version:
+                faults.setdefault(index, f"reports policy version {version}, not {self.policy_version}")
+        reference = self.trainers.logprobs(self.canary)
+        sound = [index for index in range(len(versions)) if index not in faults]
+        worst = 0.0
+        for index, logprobs in self.rollouts.logprobs(self.canary, sound).items():
+            difference = float(np.abs(logprobs - reference).mean())
+            if difference <= self.tolerance:
+                worst = max(worst, difference)
+            else:
+                faults[index] = f"differs from the trainer by {difference:.4f} nats on the canary"
+        return worst, faults
+
+    def send(self, policy_version: int) -> float:
+        """Canary difference in nats after the trainer's weights have become `policy_version` on every engine."""
+        self.policy_version = policy_version
+        for _ in range(MAX_SYNC_ATTEMPTS):
+            worst, faults = self.check(self.trainers.send_weights(policy_version))
+            if not faults:
+                return worst
+            for index, fault in faults.items():
+                print(f"engine-{index} {fault}: replacing it", file=sys.stderr)
+                self.rollouts.replace(index)
+                self.num_replaced += 1
+            self.trainers.connect(self.rollouts)
+        raise RuntimeError(f"weight sync to version {policy_version} failed {MAX_SYNC_ATTEMPTS} times: {faults}")

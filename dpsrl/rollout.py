@@ -1,0 +1,144 @@
+"""RolloutWorker: one vLLM engine. It knows tokens and policy versions, not rewards and not prompts' meaning.
+
+The engine runs inside this process, and only while `poll` is called: the caller's polls are its heartbeat, so
+there is no thread to hang and no queue to lose. A poll returns as soon as a request is finished.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from dpsrl.config import Config
+from dpsrl.types import Rollout, RolloutRequest, WeightMeta
+
+
+class RolloutWorker:
+    """Owns the engine, the requests it is working on, and the version of the weights it holds."""
+
+    def __init__(self, config: Config, weight_backend: str) -> None:
+        from vllm import LLM  # seconds and gigabytes: only where an engine lives
+        from vllm.config import WeightTransferConfig
+
+        from dpsrl.weight_sync import WeightReceiver, register_backends
+
+        register_backends()
+        self.max_response_tokens = config.model.max_response_tokens
+        max_model_len = config.model.max_prompt_tokens + config.model.max_response_tokens
+        self.llm = LLM(
+            config.model.path,
+            dtype=config.model.dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=config.rollout.max_num_seqs,
+            max_num_batched_tokens=max(8192, max_model_len),
+            logprobs_mode="processed_logprobs",  # of the distribution that is sampled from, temperature included
+            disable_log_stats=True,
+            seed=config.seed,
+            weight_transfer_config=WeightTransferConfig(backend=weight_backend),
+            **_device_options(config),
+        )
+        self.engine = self.llm.llm_engine
+        self.receiver = WeightReceiver(self.llm)
+        self.finished: list[tuple[int, list[Rollout], int]] = []
+
+    def policy_version(self) -> int:
+        return self.receiver.policy_version
+
+    # --- generation ---------------------------------------------------------------------------------
+
+    def submit(self, requests: list[RolloutRequest]) -> None:
+        for request in requests:
+            self.engine.add_request(
+                str(request.request_id),
+                {"prompt_token_ids": request.prompt_token_ids.tolist()},
+                self._sampling(request),
+            )
+
+    def poll(self, budget_s: float) -> list[tuple[int, list[Rollout], int]]:
+        """Finished requests as (request_id, rollouts, policy_version); empty after `budget_s` without one."""
+        deadline = time.monotonic() + budget_s
+        finished: list[tuple[int, list[Rollout], int]] = []
+        while self.engine.has_unfinished_requests():
+            for output in self.engine.step():
+                if output.finished:
+                    rollouts = [_rollout(sample) for sample in output.outputs]
+                    finished.append((int(output.request_id), rollouts, self.receiver.policy_version))
+            if finished or time.monotonic() > deadline:
+                break
+        return finished
+
+    def _sampling(self, request: RolloutRequest):
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        # The whole distribution is sampled (top_p 1, top_k off): anything less would bias the importance ratio.
+        return SamplingParams(
+            n=request.num_rollouts,
+            temperature=request.temperature,
+            top_p=1.0,
+            top_k=-1,
+            min_p=0.0,
+            seed=request.seed,
+            max_tokens=self.max_response_tokens,
+            logprobs=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    # --- the canary ---------------------------------------------------------------------------------
+
+    def logprobs(self, token_ids: np.ndarray) -> np.ndarray:
+        """float32 (len - 1,): log p(token t | tokens before t) under this engine's weights, temperature 1."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        (output,) = self.llm.generate(
+            {"prompt_token_ids": token_ids.tolist()}, params, use_tqdm=False
+        )
+        rows = output.prompt_logprobs[1:]
+        return np.array(
+            [row[int(token)].logprob for row, token in zip(rows, token_ids[1:], strict=True)], dtype=np.float32
+        )
+
+    # --- weight updates: the four calls of vLLM's weight-transfer client ------------------------------
+
+    def init_weight_transfer(self, init_info: dict, expected: list[WeightMeta]) -> None:
+        self.receiver.init(init_info, expected)
+
+    def start_weight_update(self) -> None:
+        assert not self.engine.has_unfinished_requests(), "weights change only between generations"
+        self.receiver.start()
+
+    def update_weights(self, update_info: dict) -> None:
+        self.receiver.update(update_info)
+
+    def finish_weight_update(self, policy_version: int) -> None:
+        self.receiver.finish(policy_version)
+
+
+def _rollout(sample) -> Rollout:
+    """One vLLM completion as token ids and the logprobs of just these tokens."""
+    token_ids = np.asarray(sample.token_ids, dtype=np.int32)
+    logprobs = np.fromiter(
+        (row[token].logprob for row, token in zip(sample.logprobs, sample.token_ids, strict=True)),
+        dtype=np.float32,
+        count=len(token_ids),
+    )
+    assert sample.finish_reason in ("stop", "length"), f"unexpected finish_reason {sample.finish_reason!r}"
+    return Rollout(token_ids, logprobs, sample.finish_reason)
+
+
+def _device_options(config: Config) -> dict:
+    """LLM arguments that differ between a CPU and a GPU engine."""
+    if config.cluster.device == "cpu":
+        return {"enforce_eager": True, "kv_cache_memory_bytes": config.rollout.kv_cache_gib << 30}
+    options = {
+        "enforce_eager": config.rollout.enforce_eager,
+        "gpu_memory_utilization": config.rollout.gpu_memory_share,
+        "tensor_parallel_size": config.rollout.tensor_parallel,
+        "distributed_executor_backend": "uni" if config.rollout.tensor_parallel == 1 else "mp",
+    }
+    if config.model.dtype == "bfloat16":
+        options["hf_overrides"] = {"head_dtype": "float32"}  # as the trainer: one-sided fp32 logits drift
+    return options

@@ -1,0 +1,296 @@
+"""Both ends of the wire that carries the trainer's weights to the engines, on vLLM's weight-transfer interface.
+
+vLLM brings `nccl` and `ipc` for GPUs; `shared_memory`, for one host without GPUs, is registered here. What the
+interface leaves to its caller is done here too, since each omission is silent garbage: every expected tensor
+must have arrived, the prefix cache must have been reset, and a packed lm_head on the CPU must be packed anew.
+Importing this file imports vLLM: only actors do.
+
+    every trainer rank                               every engine
+    WeightSender.send(version)
+      client.start_weight_update()            ->     WeightReceiver.start()
+      client.update_weights(bucket), ...      ->     WeightReceiver.update(bucket)
+      client.finish_weight_update()           ->     WeightReceiver.finish(version)
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import socket
+import tempfile
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from vllm.distributed.weight_transfer.base import (
+    ParamMeta,
+    TrainerInitInfo,
+    TrainerWeightTransferEngine,
+    VLLMWeightSyncClient,
+    WeightSource,
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from dpsrl.types import WeightMeta
+
+SHARED_MEMORY = "shared_memory"
+
+
+# --- engine end -------------------------------------------------------------------------------------
+
+
+class WeightReceiver:
+    """Owns an engine's policy version, and the check that an update was whole before it counts."""
+
+    def __init__(self, llm) -> None:
+        self.llm = llm
+        self.policy_version = 0
+        self.expected: dict[str, WeightMeta] = {}
+        self.received: set[str] = set()
+
+    def init(self, init_info: dict[str, Any], expected: list[WeightMeta]) -> None:
+        self.expected = {meta.name: meta for meta in expected}
+        self.llm.init_weight_transfer_engine({"init_info": init_info})
+
+    def start(self) -> None:
+        self.received = set()
+        self.llm.start_weight_update()
+
+    def update(self, update_info: dict[str, Any]) -> None:
+        for name, shape in zip(update_info["names"], update_info["shapes"], strict=True):
+            meta = self.expected.get(name)
+            if meta is None or tuple(shape) != meta.shape or name in self.received:
+                raise RuntimeError(
+                    f"weight sync: {name} of shape {tuple(shape)} is not in the model, of another shape there, or sent twice"
+                )
+        self.llm.update_weights({"update_info": update_info})
+        self.received.update(update_info["names"])
+
+    def finish(self, policy_version: int) -> None:
+        missing = sorted(self.expected.keys() - self.received)
+        if missing:  # vLLM would serve uninitialized memory in their place
+            raise RuntimeError(f"weight sync: {len(missing)} tensors did not arrive, the first is {missing[0]}")
+        self.llm.finish_weight_update(str(policy_version))
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("weight sync: the engine did not reset its prefix cache, so old weights would still speak")
+        self.policy_version = policy_version
+
+
+# --- trainer end ------------------------------------------------------------------------------------
+
+
+class ModelSource(WeightSource):
+    """The trainer's parameters under their Hugging Face names, gathered bucket by bucket under ZeRO-3."""
+
+    def __init__(self, model: torch.nn.Module, dtype: torch.dtype, bucket_bytes: int) -> None:
+        self.parameters = dict(model.named_parameters())
+        self.dtype = dtype
+        self.bucket_bytes = bucket_bytes
+
+    def metadata(self) -> list[ParamMeta]:
+        return [ParamMeta(name, self.dtype, _full_shape(p)) for name, p in self.parameters.items()]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        import deepspeed  # the trainer has it loaded; an engine, which imports this file too, has no use for it
+
+        for bucket in self._buckets():
+            with deepspeed.zero.GatheredParameters([self.parameters[name] for name in bucket]):
+                tensors = [self.parameters[name].detach().to(self.dtype) for name in bucket]
+                if any(hasattr(self.parameters[name], "ds_id") for name in bucket):
+                    tensors = [tensor.clone() for tensor in tensors]  # the gathered storage is freed on exit
+            yield from zip(bucket, tensors, strict=True)
+
+    def _buckets(self) -> Iterator[list[str]]:
+        bucket, size = [], 0
+        for meta in self.metadata():
+            size += int(np.prod(meta.shape)) * self.dtype.itemsize
+            bucket.append(meta.name)
+            if size >= self.bucket_bytes:
+                yield bucket
+                bucket, size = [], 0
+        if bucket:
+            yield bucket
+
+
+def _full_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
+    """The unpartitioned shape; ZeRO-3 keeps it beside the empty local tensor."""
+    return tuple(parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape)
+
+
+class WeightSender:
+    """Owns the trainer's side of the transfer. Built and called on every rank; rank 0 speaks to the engines."""
+
+    def __init__(self, source: ModelSource, client, backend: str, rank: int, num_engine_gpus: int) -> None:
+        self.client = client
+        init_info = _trainer_init_info(backend, rank, source.bucket_bytes, num_engine_gpus)
+        self.engine = WeightTransferTrainerFactory.trainer_init(init_info, client=client, source=source)
+
+    def send(self, policy_version: int) -> None:
+        self.client.policy_version = policy_version  # vLLM's trainer engines finish without naming a version
+        self.engine.send_weights()
+
+    def close(self) -> None:
+        self.engine.shutdown()
+
+
+def weight_metas(source: ModelSource) -> list[WeightMeta]:
+    return [WeightMeta(meta.name, str(meta.dtype).removeprefix("torch."), meta.shape) for meta in source.metadata()]
+
+
+def _trainer_init_info(backend: str, rank: int, bucket_bytes: int, num_engine_gpus: int) -> TrainerInitInfo:
+    if backend == SHARED_MEMORY:
+        return SharedMemoryTrainerInitInfo(rank=rank, bucket_bytes=bucket_bytes)
+    if backend == "ipc":
+        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+
+        return IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=bucket_bytes)
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    return NCCLTrainerInitInfo(
+        rank=rank,
+        master_address=socket.gethostbyname(socket.gethostname()),
+        master_port=port,
+        world_size=1 + num_engine_gpus,
+        packed_buffer_size_bytes=bucket_bytes,
+    )
+
+
+# --- the shared-memory backend: a bucket is a file in memory, named in the update call ------------------
+
+
+@dataclass
+class SharedMemoryInitInfo(WeightTransferInitInfo):
+    """No rendezvous is needed: each update names its file."""
+
+
+@dataclass
+class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):
+    """One bucket: tensors of one dtype, end to end in the file at `path`."""
+
+    path: str
+    dtype_name: str
+    names: list[str]
+    shapes: list[list[int]]
+
+
+@dataclass
+class SharedMemoryTrainerInitInfo(TrainerInitInfo):
+    backend: ClassVar[str] = SHARED_MEMORY
+    bucket_bytes: int
+
+
+class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemoryUpdateInfo]):
+    """Receives buckets from files in memory and loads them as a checkpoint, layer by layer."""
+
+    init_info_cls = SharedMemoryInitInfo
+    update_info_cls = SharedMemoryUpdateInfo
+
+    def init_transfer_engine(self, init_info: SharedMemoryInitInfo) -> None:
+        pass
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
+        dtype = getattr(torch, update_info.dtype_name)
+        # Read into memory of our own: the loaders keep tensors until their layer is complete, the file goes before.
+        flat = torch.frombuffer(bytearray(Path(update_info.path).read_bytes()), dtype=dtype)
+        sizes = [int(np.prod(shape)) for shape in update_info.shapes]
+        tensors = [part.view(shape) for part, shape in zip(flat.split(sizes), update_info.shapes, strict=True)]
+        self.model.load_weights(list(zip(update_info.names, tensors, strict=True)))
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        _repack_tied_head(self.model)
+
+    def shutdown(self) -> None:
+        pass
+
+
+def _repack_tied_head(model: torch.nn.Module) -> None:
+    """Packs lm_head from the new embedding where the two are tied.
+
+    vLLM's CPU kernels keep a packed copy of lm_head, and a reload renews it only if lm_head itself is sent.
+    """
+    for module in model.modules():
+        head = getattr(module, "lm_head", None)
+        embedding = getattr(getattr(module, "model", None), "embed_tokens", None)
+        if head is not None and head is embedding:
+            head.quant_method.process_weights_after_loading(head)
+
+
+class SharedMemoryTrainerEngine(TrainerWeightTransferEngine[SharedMemoryTrainerInitInfo]):
+    """Writes one bucket at a time into a file in memory and has the engines load it."""
+
+    init_info_cls = SharedMemoryTrainerInitInfo
+
+    @classmethod
+    def trainer_init(
+        cls, init_info: SharedMemoryTrainerInitInfo, *, client: VLLMWeightSyncClient, source: WeightSource | None = None
+    ) -> Self:
+        engine = cls(client=client, source=source, is_sender=init_info.is_sender)
+        engine.bucket_bytes = init_info.bucket_bytes
+        if engine.is_sender:
+            client.init_weight_transfer_engine({})
+        return engine
+
+    def send_weights(self) -> None:
+        if self.is_sender:
+            self.client.start_weight_update()
+        bucket: list[tuple[str, torch.Tensor]] = []
+        size = 0
+        for name, tensor in self.source:  # collective under ZeRO-3: every rank iterates
+            if not self.is_sender:
+                continue
+            bucket.append((name, tensor))
+            size += tensor.nbytes
+            if size >= self.bucket_bytes:
+                self._send_bucket(bucket, size)
+                bucket, size = [], 0
+        if bucket:
+            self._send_bucket(bucket, size)
+        if self.is_sender:
+            self.client.finish_weight_update()
+
+    def _send_bucket(self, bucket: list[tuple[str, torch.Tensor]], size: int) -> None:
+        path = _memory_folder(size) / f"dpsrl-weights-{uuid.uuid4().hex}"
+        try:
+            with open(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+                for _, tensor in bucket:
+                    file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+            info = SharedMemoryUpdateInfo(
+                path=str(path),
+                dtype_name=str(bucket[0][1].dtype).removeprefix("torch."),
+                names=[name for name, _ in bucket],
+                shapes=[list(tensor.shape) for _, tensor in bucket],
+            )
+            self.client.update_weights(asdict(info))
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _memory_folder(num_bytes: int) -> Path:
+    """/dev/shm if the bucket fits (containers often have 64 MiB there), else the temporary folder."""
+    memory = Path("/dev/shm")
+    if memory.is_dir() and shutil.disk_usage(memory).free > 2 * num_bytes:
+        return memory
+    return Path(tempfile.gettempdir())
+
+
+@functools.cache
+def register_backends() -> None:
+    """Makes `shared_memory` known to vLLM in this process."""
+    WeightTransferEngineFactory.register_engine(SHARED_MEMORY, SharedMemoryEngine)
+    WeightTransferTrainerFactory.register_engine(SHARED_MEMORY, SharedMemoryTrainerEngine)
