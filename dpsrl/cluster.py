@@ -33,9 +33,10 @@ class Plan:
     words: str
 
 
-def resource_plan(config: Config) -> Plan:
-    engines, ranks, width = config.rollout.num_workers, config.trainer.num_workers, config.rollout.tensor_parallel
-    parts = f"{engines} engine{'s' * (engines > 1)} and {ranks} trainer rank{'s' * (ranks > 1)}"
+def resource_plan(config: Config, with_trainer: bool = True) -> Plan:
+    engines, width = config.rollout.num_workers, config.rollout.tensor_parallel
+    ranks = config.trainer.num_workers if with_trainer else 0
+    parts = f"{engines} engine{'s' * (engines > 1)} and {ranks} trainer rank{'s' * (ranks != 1)}"
     if config.cluster.device == "cpu":
         return Plan(engines, ranks, 0, f"{parts} on CPU cores")
     if config.cluster.placement == "colocate":
@@ -78,12 +79,12 @@ class StallError(RuntimeError):
 class Cluster:
     """Owns the Ray session and the actors started in it. Leaving the context ends them all."""
 
-    def __init__(self, config: Config, log_dir: Path) -> None:
+    def __init__(self, config: Config, log_dir: Path, with_trainer: bool = True) -> None:
         self.config, self.log_dir = config, log_dir.absolute()
         self.local = not config.cluster.address
         self.actors: dict[Any, str] = {}
         self.placement: PlacementGroup | None = None
-        self.plan = resource_plan(config)
+        self.plan = resource_plan(config, with_trainer)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         num_actors = self.plan.num_engines + self.plan.num_ranks + 1
         local = {"num_cpus": max(os.cpu_count() or 1, num_actors), "include_dashboard": False} if self.local else {}

@@ -220,6 +220,8 @@ def load_config(arguments: list[str], entry: str = "train") -> Config:
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             raw = compose(entry, overrides=arguments)
+        if entry == "evaluate":
+            _inherit_run_config(raw, set_keys)
         OmegaConf.resolve(raw)
         missing = sorted(OmegaConf.missing_keys(raw))
         if missing:
@@ -232,6 +234,20 @@ def load_config(arguments: list[str], entry: str = "train") -> Config:
         raise UserError(_composition_sentence(error, arguments)) from error
     check(config, set_keys)
     return config
+
+
+def _inherit_run_config(raw: Any, set_keys: set[str]) -> None:
+    """Gives a checkpoint inside a run folder that run's data, model, reward and evaluation keys, where none was set."""
+    if OmegaConf.is_missing(raw.model, "path"):
+        return
+    path = next((parent / "config.yaml" for parent in Path(raw.model.path).absolute().parents
+                 if (parent / "config.yaml").is_file() and (parent / "checkpoints").is_dir()), None)  # fmt: skip
+    if path is None:
+        return
+    run = OmegaConf.to_container(OmegaConf.load(path))
+    for name, _ in schema_keys():
+        if name.startswith(("data.", "model.", "reward.", "eval.")) and name not in set_keys | {"model.path"}:
+            OmegaConf.update(raw, name, value_of(run, name))
 
 
 def group_choices(group: str) -> list[str]:
@@ -301,7 +317,7 @@ def _composition_sentence(error: Exception, arguments: list[str]) -> str:
 
 def value_of(config: Any, dotted: str) -> Any:
     for part in dotted.split("."):
-        config = vars(config)[part]
+        config = config[part] if isinstance(config, dict) else vars(config)[part]
     return config
 
 
@@ -369,9 +385,10 @@ _EFFECTS: list[tuple[str, Callable[[Config], bool], str]] = [
 ]  # fmt: skip
 
 
-def help_text() -> str:
+def help_text(entry: str) -> str:
     """The usage line and every key with its default and meaning."""
-    lines = ["usage: python -m dpsrl.train +recipe=NAME [group=choice ...] [key=value ...]", ""]
+    first = "+recipe=NAME" if entry == "train" else "model.path=FOLDER eval.benchmarks=[NAME,...]"
+    lines = [f"usage: python -m dpsrl.{entry} {first} [group=choice ...] [key=value ...]", ""]
     for path in sorted(config_dir().iterdir()):
         if path.is_dir():
             lines.append(f"  {'+' if path.name == 'recipe' else ''}{path.name}={'|'.join(group_choices(path.name))}")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from dpsrl.algo.packing import MicroBatch
+from dpsrl.algo.packing import Layout
 from dpsrl.cluster import Cluster, StallError
 from dpsrl.config import Config
 from dpsrl.controller import Controller
@@ -226,8 +226,11 @@ class TrainerPool:
         """Sends to every engine; the failures by engine index."""
         return self._all("send its weights", "send_weights", policy_version)[0]
 
-    def train_step(self, updates_by_rank: list[list[list[MicroBatch]]]) -> dict[str, float]:
-        calls = {rank: rank.train_step.remote(updates) for rank, updates in zip(self.ranks, updates_by_rank, strict=True)}
+    def train_step(self, layout: Layout) -> dict[str, float]:
+        """Metrics of the step's updates; `layout` is [update][rank][micro_batch]."""
+        calls = {
+            rank: rank.train_step.remote([update[index] for update in layout]) for index, rank in enumerate(self.ranks)
+        }
         return self.cluster.get(calls, "train")[0]
 
     def logprobs(self, token_ids: np.ndarray) -> np.ndarray:
@@ -267,6 +270,12 @@ class Weights:
             else:
                 faults[index] = f"differs from the trainer by {difference:.4f} nats on the canary"
         return worst, faults
+
+    def verify_start(self) -> None:
+        """Raises unless every engine has loaded the same weights as the trainer."""
+        _, faults = self.check({})
+        if faults:
+            raise RuntimeError(f"engines and trainer differ before the first step: {faults}")
 
     def send(self, policy_version: int) -> float:
         """Canary difference in nats after the trainer's weights have become `policy_version` on every engine."""

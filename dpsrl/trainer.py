@@ -145,7 +145,7 @@ class TrainerWorker:
         return {name: float(value) / num_updates for name, value in zip(names, values, strict=True)}
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
+        return torch.tensor(array, device=self.device)  # a copy: arrays from Ray's object store are read-only
 
     def _total_updates(self) -> int:
         return self.config.train.steps * self.config.train.num_updates
@@ -153,7 +153,7 @@ class TrainerWorker:
     @torch.no_grad()
     def logprobs(self, token_ids: np.ndarray) -> np.ndarray:
         """float32 (len - 1,): log p(token t | tokens before t), temperature 1; called on every rank (ZeRO-3)."""
-        ids = torch.from_numpy(token_ids).long().to(self.device)[None]
+        ids = self._tensor(token_ids).long()[None]
         logits = self.engine(input_ids=ids, use_cache=False).logits
         return token_logprobs(logits, ids)[0][0, 1:].float().cpu().numpy()
 

@@ -118,7 +118,7 @@ show_progress() {
             Collecting*) num=$((num + 1)) ;;
             *Downloading*MB\)* | *Downloading*GB\)*) text="downloading ${line##*/}" ;;
             Building\ wheel*) text="building ${line#Building wheel*for }" ;;
-            Installing\ collected*) text="unpacking $(tr -cd , <<<"$line" | wc -c) packages, the longest part" ;;
+            Installing\ collected*) text="unpacking $(wc -w <<<"${line#*: }") packages" ;;
         esac
         text="${text#downloading *Downloading }"
         if [ -n "$terminal" ]; then
@@ -131,8 +131,8 @@ show_progress() {
 }
 
 pip_install() {
-    "$python" -m pip install --disable-pip-version-check --no-input --progress-bar off \
-        -e ".[$extra,dev]" "$@" 2>&1 | tee -a "$log" | show_progress
+    "$python" -m pip install --disable-pip-version-check --no-input --progress-bar off "$@" 2>&1 |
+        tee -a "$log" | show_progress
 }
 
 # Which package it was, out of pip's log: the one without a match, the one that did not build, or the last begun.
@@ -154,13 +154,16 @@ install_packages() {
     rm -f "$stamp"
     : >"$log"
     say "installing the $extra build and its tools, about 5 GB and a few minutes"
-    pip_install && return
-    # PyTorch keeps its CPU builds on an index of its own. It is asked only now, since pip asks every index
-    # for every package, and one that does not answer costs many retries.
-    if grep -q 'No matching distribution found for torch==[^ ]*+cpu' "$log"; then
-        say "torch's CPU build is not where pip looks; asking PyTorch's own index as well"
+    pip_install -e ".[$extra,dev]" && return
+    # PyTorch keeps its CPU builds on an index of its own. It is asked only now and for torch alone, since pip
+    # asks every index for every package, and one that does not answer costs many retries.
+    local torch
+    torch="$(sed -n 's/^.*No matching distribution found for \(torch==[^ ;]*+cpu\).*/\1/p' "$log" | tail -1)"
+    if [ -n "$torch" ]; then
+        say "$torch is not where pip looks; asking PyTorch's own index"
         : >"$log"
-        pip_install --extra-index-url https://download.pytorch.org/whl/cpu && return
+        pip_install --no-deps --extra-index-url https://download.pytorch.org/whl/cpu "$torch" &&
+            pip_install -e ".[$extra,dev]" && return
     fi
     explain_failure
 }

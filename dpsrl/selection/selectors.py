@@ -50,7 +50,7 @@ class Selector:
         if not 1 <= num_picks <= num_available:
             raise UserError(
                 f"cannot select {num_picks} prompts: {num_available} of {self.num_prompts} are available; "
-                f"ask for 1 to {num_available}, or bring more prompts."
+                "ask for fewer, or bring more prompts."
             )
         ids = self._pick(score_N, num_picks, self._generator)
         self.num_selected_N[ids] += 1
@@ -64,10 +64,8 @@ class Selector:
         twice, or counts outside 0 <= num_solved <= num_rollouts are a ValueError.
         """
         ids_B = self._rows(ids, "ids")
-        num_solved_B, num_rollouts_B = (
-            integers(num_solved, "num_solved"),
-            integers(num_rollouts, "num_rollouts"),
-        )
+        num_solved_B = integers(num_solved, "num_solved")
+        num_rollouts_B = integers(num_rollouts, "num_rollouts")
         if not ids_B.shape == num_solved_B.shape == num_rollouts_B.shape:
             raise ValueError(
                 "ids, num_solved and num_rollouts must be of one length; "

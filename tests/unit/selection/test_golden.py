@@ -46,7 +46,9 @@ def test_closed_loop(loop: dict) -> None:
         ids = selector.select(loop["batch"], exclude=[row for row in range(5) if row not in candidates])
         assert set(ids) <= set(candidates)
         np.testing.assert_allclose(score[ids], score[published], rtol=0, atol=TOLERANCE)
-        if rivals.size == 0 or score[published].min() > rivals[-1] + TOLERANCE:  # else a tie: any of the tied will do
+        if (
+            rivals.size == 0 or score[published].min() > rivals[-1] + TOLERANCE
+        ):  # else a tie: any of the tied will do
             assert set(ids) == set(published)
             if abs(np.diff(score[published])).min() > TOLERANCE:
                 assert ids.tolist() == published
@@ -54,7 +56,11 @@ def test_closed_loop(loop: dict) -> None:
         selector.observe(np.array(published), np.array(step["successes"]), np.full(len(published), loop["k"]))
         for row, expected in step["after"].items():
             if expected is None:  # never a candidate so far: unknown to the published code, at the prior here
-                expected = {"alpha": loop["initial_alpha"], "mu_post": [1 / 3] * 3, "mu_next_prior": [1 / 3] * 3}
+                expected = {
+                    "alpha": loop["initial_alpha"],
+                    "mu_post": [1 / 3] * 3,
+                    "mu_next_prior": [1 / 3] * 3,
+                }
             assert_belief(selector, int(row), expected)
 
 
@@ -67,7 +73,9 @@ def test_single_prompt_with_idle_steps(case: dict, run: dict) -> None:
     for num_solved, expected in zip(run["seq"], run["trace"], strict=True):
         seen = num_solved is not None
         selector.observe(
-            np.arange(int(seen)), np.array([num_solved] if seen else [], dtype=int), np.full(int(seen), case["k"])
+            np.arange(int(seen)),
+            np.array([num_solved] if seen else [], dtype=int),
+            np.full(int(seen), case["k"]),
         )
         assert_belief(selector, 0, expected)
 

@@ -1,0 +1,62 @@
+"""From configuration to prompt sets: which source, which format, which benchmark."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dpsrl.config import Config
+from dpsrl.data import countdown
+from dpsrl.data.datasets import LoadReport, Row, find_benchmark, load_rows
+from dpsrl.data.prompts import PromptSet
+from dpsrl.types import UserError
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a model folder or Hugging Face name, with a padding token."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except OSError as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"model.path={path} could not be loaded ({first}): give a local folder or go online") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def training_prompts(config: Config, tokenizer: Any) -> PromptSet:
+    data = config.data
+    if data.train == "countdown":
+        return _countdown(config, tokenizer, data.countdown.numbers, data.countdown.num_train, "train")
+    rows, report = load_rows(data.train, prompt_key=data.prompt_key, answer_key=data.answer_key, split=data.split)
+    return PromptSet(rows, report, tokenizer, data.instruction, config.model.max_prompt_tokens)
+
+
+def benchmark_prompts(name: str, config: Config, tokenizer: Any) -> PromptSet:
+    """Held-out prompts: 'countdown', 'countdown3', ..., a file in data.eval_dir, or a Hugging Face name."""
+    data = config.data
+    if name.startswith("countdown"):
+        numbers = data.countdown.numbers if name == "countdown" else [_count_of(name)]
+        return _countdown(config, tokenizer, numbers, data.countdown.num_test, "test")
+    source = find_benchmark(name, data.eval_dir)
+    rows, report = load_rows(source, prompt_key=data.prompt_key, answer_key=data.answer_key, split="test")
+    return PromptSet(rows, report, tokenizer, data.instruction, config.model.max_prompt_tokens)
+
+
+def _count_of(name: str) -> int:
+    digits = name.removeprefix("countdown")
+    if not digits.isdigit():
+        raise UserError(f"benchmark {name!r} is unknown: Countdown's are countdown, countdown3, countdown4 and so on")
+    return int(digits)
+
+
+def _countdown(config: Config, tokenizer: Any, numbers: list[int], num_prompts: int, split: str) -> PromptSet:
+    settings = config.data.countdown
+    generated = countdown.generate(
+        num_prompts, numbers, config.seed,
+        max_number=settings.max_number, max_target=settings.max_target, split=split, prompt_format=settings.format,
+    )  # fmt: skip
+    rows = [Row(row["problem"], row["answer"], number) for number, row in enumerate(generated, 1)]
+    report = LoadReport(f"countdown {split}", len(rows))
+    return PromptSet(rows, report, tokenizer, "{problem}", config.model.max_prompt_tokens)

@@ -1,0 +1,203 @@
+"""`python -m dpsrl.evaluate model.path=... eval.benchmarks=[...]`: avg@K and pass@k of a model, every response kept.
+
+A checkpoint inside a run folder is evaluated with that run's prompt format and lengths unless told otherwise.
+`train.py` calls the same `evaluate`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dpsrl.checkpoint import RunFolder, check_model_folder
+from dpsrl.cluster import Cluster, StallError, check_resources, num_local_gpus, resource_plan
+from dpsrl.config import Config, help_text, load_config
+from dpsrl.data.build import benchmark_prompts, load_tokenizer
+from dpsrl.data.prompts import PromptSet
+from dpsrl.groups import EVALUATION, GroupStream
+from dpsrl.screen import Screen
+from dpsrl.pools import RolloutPool, transfer_backend
+from dpsrl.rewards import Scorer
+from dpsrl.types import Group, UserError
+
+NUM_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """avg@K with its 95% interval over prompts, and pass@k for k = 1, 2, 4, ..., K."""
+
+    benchmark: str
+    num_prompts: int
+    num_rollouts: int
+    avg: float
+    low: float
+    high: float
+    pass_at: dict[int, float]
+    truncated_share: float
+    num_missing: int
+
+
+class Benchmarks:
+    """Owns the benchmarks' prompts and a scorer for each reward function they need."""
+
+    def __init__(self, config: Config, tokenizer) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self.prompts: dict[str, PromptSet] = {
+            name: benchmark_prompts(name, config, tokenizer) for name in config.eval.benchmarks
+        }
+        self._open = ExitStack()
+        self._scorers: dict[str, Scorer] = {}
+
+    def __enter__(self) -> Benchmarks:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+
+    def scorer(self, name: str) -> Scorer:
+        """Countdown checks itself; other benchmarks take the run's reward, or math where that is Countdown's."""
+        own = self.config.reward.fn
+        fn = "countdown" if name.startswith("countdown") else "math" if own == "countdown" else own
+        if fn not in self._scorers:
+            reward = self.config.reward
+            scorer = Scorer(fn, num_workers=reward.num_workers, deadline_s=reward.deadline_s)
+            self._scorers[fn] = self._open.enter_context(scorer)
+        return self._scorers[fn]
+
+    def evaluate(self, rollouts: RolloutPool, step: int, responses: Path | None = None) -> list[EvalResult]:
+        """One result per benchmark; every response goes to `responses`, a JSONL file, where given."""
+        results = []
+        for name, prompts in self.prompts.items():
+            groups = GroupStream(prompts, rollouts, self.scorer(name), self.tokenizer, self.config.seed)
+            results.append(evaluate(name, groups, self.config, step, responses))
+        return results
+
+
+def evaluate(name: str, groups: GroupStream, config: Config, step: int, responses: Path | None = None) -> EvalResult:
+    """`eval.num_rollouts` samples of every prompt of one benchmark, scored."""
+    finished: list[Group] = []
+    with ExitStack() as stack:
+        file = stack.enter_context(responses.open("a")) if responses else None
+        for group, texts in groups.stream(
+            range(len(groups.prompts)),
+            num_rollouts=config.eval.num_rollouts,
+            temperature=config.eval.temperature,
+            purpose=EVALUATION,
+            step=0,  # every evaluation of a run draws with the same seeds: differences are the policy's
+        ):
+            finished.append(group)
+            if file:
+                _write_responses(file, name, step, groups.prompts[group.index], group, texts)
+    finished.sort(key=lambda group: group.index)
+    solved_N = np.array([group.num_solved for group in finished])
+    scored_N = np.array([group.num_scored for group in finished])
+    avg, low, high = mean_with_interval(solved_N[scored_N > 0] / scored_N[scored_N > 0], config.seed)
+    rollouts = [rollout for group in finished for rollout in group.rollouts]
+    return EvalResult(
+        name, len(finished), config.eval.num_rollouts, avg, low, high,
+        pass_at(solved_N, scored_N),
+        float(np.mean([rollout.finish_reason == "length" for rollout in rollouts])),
+        len(rollouts) - int(scored_N.sum()),
+    )  # fmt: skip
+
+
+def _write_responses(file, name: str, step: int, prompt, group: Group, texts: list[str]) -> None:
+    for text, rollout, score in zip(texts, group.rollouts, group.scores, strict=True):
+        row = {
+            "benchmark": name, "step": step, "prompt_id": prompt.id, "prompt": prompt.text, "answer": prompt.answer,
+            "response": text, "correct": score.correct if score else None, "reward": score.reward if score else None,
+            "num_tokens": len(rollout.token_ids), "finish_reason": rollout.finish_reason,
+        }  # fmt: skip
+        file.write(json.dumps(row) + "\n")
+
+
+def mean_with_interval(values_N: np.ndarray, seed: int) -> tuple[float, float, float]:
+    """Mean and its 95% percentile-bootstrap interval over prompts (2,000 seeded resamples); NaN for no values."""
+    if values_N.size == 0:
+        return float("nan"), float("nan"), float("nan")
+    rng = np.random.default_rng(seed)
+    means = [values_N[rng.integers(0, values_N.size, values_N.size)].mean() for _ in range(NUM_RESAMPLES)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(values_N.mean()), float(low), float(high)
+
+
+def pass_at(solved_N: np.ndarray, scored_N: np.ndarray) -> dict[int, float]:
+    """Mean over prompts of 1 - C(n - c, k) / C(n, k), the unbiased pass@k (Chen et al. 2021, arXiv 2107.03374, eq. 1).
+
+    k runs over the powers of two up to the smallest number of scored samples, prompts without any left out.
+    """
+    solved_N, scored_N = solved_N[scored_N > 0], scored_N[scored_N > 0]
+    result, k = {}, 1
+    while scored_N.size and k <= scored_N.min():
+        i_K = np.arange(k)
+        miss_N = np.prod(np.clip((scored_N - solved_N)[:, None] - i_K, 0, None) / (scored_N[:, None] - i_K), axis=1)
+        result[k] = float(1.0 - miss_N.mean())
+        k *= 2
+    return result
+
+
+# --- entry --------------------------------------------------------------------------------------------
+
+
+def main(arguments: list[str]) -> int:
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text("evaluate"))
+        return 0
+    try:
+        if not any(argument.startswith("cluster=") for argument in arguments):
+            arguments = [f"cluster={'gpu1' if num_local_gpus() else 'cpu'}", *arguments]
+        config = load_config(arguments, entry="evaluate")
+        run(config)
+    except (UserError, StallError) as error:
+        print(f"dpsrl.evaluate: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(config: Config) -> None:
+    """Evaluates one model and writes responses.jsonl and summary.json into a folder of its own."""
+    if not config.eval.benchmarks:
+        raise UserError("eval.benchmarks=[] names nothing to evaluate on: give eval.benchmarks=[math500] or the like")
+    check_resources(resource_plan(config, with_trainer=False), num_local_gpus())
+    check_model_folder(config.model.path)
+    folder = RunFolder(Path(config.run.dir or f"runs/evaluate-{time.strftime('%Y%m%d-%H%M%S')}"))
+    folder.check_free()
+    tokenizer = load_tokenizer(config.model.path)
+    with ExitStack() as stack:
+        benchmarks = stack.enter_context(Benchmarks(config, tokenizer))
+        folder.create()
+        screen = stack.enter_context(Screen.capture(folder.logs / "driver.log"))
+        for prompts in benchmarks.prompts.values():
+            for sentence in prompts.report.sentences():
+                screen.line(sentence)
+        cluster = stack.enter_context(Cluster(config, folder.logs, with_trainer=False))
+        rollouts = RolloutPool(cluster, config, transfer_backend(config))
+        rollouts.policy_versions()
+        results = benchmarks.evaluate(rollouts, 0, folder.path / "responses.jsonl")
+        screen.line(results_table(results))
+        folder.summary.write_text(json.dumps([vars(result) for result in results], indent=1))
+        screen.line(f"responses: {folder.path / 'responses.jsonl'}")
+
+
+def results_table(results: list[EvalResult]):
+    from rich.table import Table
+
+    table = Table("benchmark", "prompts", "avg@K", "95% interval", "pass@k", "cut", "missing")
+    for r in results:
+        passes = "  ".join(f"{k}: {value:.3f}" for k, value in r.pass_at.items())
+        table.add_row(
+            r.benchmark, str(r.num_prompts), f"avg@{r.num_rollouts} {r.avg:.3f}", f"{r.low:.3f} to {r.high:.3f}",
+            passes, f"{r.truncated_share:.1%}", str(r.num_missing),
+        )  # fmt: skip
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,307 @@
+"""What a run measures: the table of keys, the step's record, and the files and services it goes to.
+
+Owns `metrics.jsonl`, `groups.jsonl` and `summary.json` of a run folder. A key that is not in the table is
+refused, so that a name means one thing everywhere. Knows nothing of training, of the screen or of plots.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import queue
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpsrl.types import Group, UserError
+
+# --- the key table ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """`reduce` says how several values within one step become one: mean, sum or last."""
+
+    unit: str
+    text: str
+    reduce: str = "mean"
+
+
+KEYS: dict[str, Key] = {
+    "step": Key("steps", "select-to-sync cycles finished; 0 is before training", "last"),
+    "eval/<benchmark>/avg@<K>": Key("share", "mean accuracy over K samples of each held-out prompt", "last"),
+    "eval/<benchmark>/pass@<K>": Key("share", "chance that at least one of K samples is right", "last"),
+    "rollout/num_rollouts": Key("rollouts", "generated for training since the run began", "last"),
+    "rollout/solve_rate": Key("share", "right answers among the step's scored rollouts"),
+    "rollout/reward": Key("reward", "mean over the step's scored rollouts"),
+    "rollout/response_tokens": Key("tokens", "mean length of a response"),
+    "rollout/truncated_share": Key("share", "responses cut at the token limit"),
+    "rollout/num_missing": Key("rollouts", "without a reward: its deadline passed or it crashed", "sum"),
+    "selection/mixed_share": Key("share", "generated groups with both right and wrong answers"),
+    "selection/predicted_share": Key("share", "mixed groups that the beliefs expected among those selected"),
+    "selection/coverage": Key("share", "prompts rolled out at least once", "last"),
+    "selection/brier": Key("squared share", "mean squared error of the predicted chance of a mixed group"),
+    "selection/num_lost": Key("prompts", "selected, but no group came back", "sum"),
+    "selection/num_unscored": Key("prompts", "whose group has no reward at all", "sum"),
+    "selection/occupancy/unseen": Key("prompts", "never scored", "last"),
+    "selection/occupancy/unsolved": Key("prompts", "last seen with no right answer", "last"),
+    "selection/occupancy/partial": Key("prompts", "last seen with right and wrong answers", "last"),
+    "selection/occupancy/solved": Key("prompts", "last seen with right answers only", "last"),
+    "train/loss": Key("nats", "policy loss, mean over the step's updates"),
+    "train/mismatch_kl": Key("nats", "KL from the engine's to the trainer's token probabilities"),
+    "train/logprob_diff": Key("nats", "mean |trainer - engine| logprob of the batch's tokens"),
+    "train/clip_share": Key("share", "tokens whose ratio was clipped"),
+    "train/entropy": Key("nats", "mean entropy of the policy over response tokens"),
+    "train/grad_norm": Key("norm", "gradient norm before clipping"),
+    "train/lr": Key("per update", "learning rate of the last update", "last"),
+    "train/padding_share": Key("share", "padding among the tokens of the micro-batches"),
+    "sync/policy_version": Key("syncs", "weights that the engines serve after the step", "last"),
+    "sync/canary_diff": Key("nats", "mean |trainer - engine| logprob of one fixed sequence after the sync", "last"),
+    "time/start_s": Key("s", "from the start of the run to its first evaluation or step", "sum"),
+    "time/step_s": Key("s", "the whole step, evaluation and checkpoint included", "sum"),
+    "time/select_ms": Key("ms", "choosing prompts and learning from outcomes", "sum"),
+    "time/generate_s": Key("s", "waiting for the engines", "sum"),
+    "time/score_s": Key("s", "waiting for rewards", "sum"),
+    "time/train_s": Key("s", "waiting for the trainer", "sum"),
+    "time/sync_s": Key("s", "sending weights and checking them", "sum"),
+    "time/eval_s": Key("s", "evaluation", "sum"),
+    "time/checkpoint_s": Key("s", "writing checkpoints", "sum"),
+}
+
+EVAL_KEY = re.compile(r"eval/(?P<benchmark>.+)/(?P<measure>avg|pass)@(?P<k>\d+)")
+
+
+def key_of(name: str) -> Key:
+    """The declared key. AssertionError where there is none."""
+    match = EVAL_KEY.fullmatch(name)
+    known = KEYS.get(f"eval/<benchmark>/{match['measure']}@<K>" if match else name)
+    assert known is not None, f"metric {name!r} is not in dpsrl.metrics.KEYS: declare it there"
+    return known
+
+
+# --- the step's record --------------------------------------------------------------------------------
+
+Record = dict[str, Any]  # "step" and metric keys; a value that is not finite is null in the files
+
+
+class Metrics:
+    """One record per step, built by `add` and `timer`, written to metrics.jsonl and handed to each sink.
+
+    last_step: the step a resumed run goes on from; lines of later steps are dropped, so that the file
+    never holds a step twice. Without it the file is begun anew.
+    """
+
+    def __init__(self, path: Path, sinks: Sequence[Callable[[Record], None]] = (), last_step: int = -1) -> None:
+        self._file = open_lines(path, last_step)
+        self._sinks = sinks
+        self._values: dict[str, list[float]] = {}
+
+    def add(self, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            key_of(name)
+            self._values.setdefault(name, []).append(value)
+
+    @contextmanager
+    def timer(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside to `name`, in the key's unit; an exception inside leaves no trace."""
+        per_second = {"s": 1.0, "ms": 1000.0}[key_of(name).unit]
+        start = time.perf_counter()
+        yield
+        self.add({name: (time.perf_counter() - start) * per_second})
+
+    def close_step(self, step: int) -> Record:
+        """Reduces what came in since the last call, writes it out and returns it."""
+        reduced = {name: reduce_values(key_of(name).reduce, values) for name, values in self._values.items()}
+        record = {"step": step} | reduced
+        self._values = {}
+        write_line(self._file, record)
+        for sink in self._sinks:
+            sink(record)
+        return record
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def reduce_values(how: str, values: Sequence[float]) -> float:
+    if how == "last":
+        return values[-1]
+    return sum(values) / (len(values) if how == "mean" else 1)
+
+
+class GroupLog:
+    """groups.jsonl: one line per scored group, admitted or not."""
+
+    def __init__(self, path: Path, last_step: int = -1) -> None:
+        self._file = open_lines(path, last_step)
+
+    def write(self, step: int, group: Group, admitted: bool, predicted: float | None) -> None:
+        """predicted: the chance of a mixed group that its selection went by; None where nothing was predicted."""
+        line = {
+            "step": step,
+            "prompt_id": group.prompt_id,
+            "policy_version": group.policy_version,
+            "num_solved": group.num_solved,
+            "num_rollouts": group.num_scored,
+            "admitted": admitted,
+            "predicted": predicted,
+        }
+        write_line(self._file, line)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+# --- lines --------------------------------------------------------------------------------------------
+
+
+def plain(value: Any) -> Any:
+    """A value JSON can hold: numpy scalars become Python's, floats that are not finite become None."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_line(file: Any, record: Mapping[str, Any]) -> None:
+    line = {name: plain(value) for name, value in record.items()}
+    file.write(json.dumps(line, allow_nan=False) + "\n")
+    file.flush()  # a killed run keeps every step it finished
+
+
+def read_lines(path: Path) -> tuple[list[Record], int]:
+    """The records of a JSON-lines file, and how many lines could not be read (a killed run cuts its last)."""
+    records, num_unreadable = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            record = None
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+        else:
+            num_unreadable += 1
+    return records, num_unreadable
+
+
+def open_lines(path: Path, last_step: int) -> Any:
+    """The file, open for more lines, with nothing in it that is later than `last_step`."""
+    kept = read_lines(path)[0] if last_step >= 0 and path.exists() else []
+    partial = path.with_name(path.name + ".new")
+    partial.write_text("".join(json.dumps(r) + "\n" for r in kept if r["step"] <= last_step), encoding="utf-8")
+    os.replace(partial, path)
+    return path.open("a", encoding="utf-8")
+
+
+# --- the whole run ------------------------------------------------------------------------------------
+
+
+def summarize(records: Sequence[Record], policy_version: int, wall_s: float) -> dict[str, Any]:
+    """summary.json of a run from its records.
+
+    `eval_first` and `eval_last`: benchmark -> accuracy; `eval_measure` says which, as avg@8. `mixed_share`
+    weighs steps by their rollouts. `time_s`: seconds by phase; phases that run at once may exceed `wall_s`.
+    """
+    evals: dict[str, list[tuple[str, float]]] = {}
+    time_s: dict[str, float] = {}
+    for record in records:
+        for name, value in record.items():
+            match = EVAL_KEY.fullmatch(name)
+            if value is None:
+                continue
+            if match and match["measure"] == "avg":
+                evals.setdefault(match["benchmark"], []).append((f"avg@{match['k']}", value))
+            elif name.startswith("time/") and name != "time/step_s":
+                phase, unit = name.removeprefix("time/").rsplit("_", 1)
+                time_s[phase] = time_s.get(phase, 0.0) + value / (1000.0 if unit == "ms" else 1.0)
+    return {
+        "steps": max((record["step"] for record in records), default=0),
+        "num_rollouts": int(max((record.get("rollout/num_rollouts") or 0 for record in records), default=0)),
+        "wall_s": wall_s,
+        "eval_first": {benchmark: values[0][1] for benchmark, values in evals.items()},
+        "eval_last": {benchmark: values[-1][1] for benchmark, values in evals.items()},
+        "eval_measure": {benchmark: values[-1][0] for benchmark, values in evals.items()},
+        "mixed_share": mixed_share(records),
+        "policy_version": policy_version,
+        "time_s": time_s,
+    }
+
+
+def mixed_share(records: Sequence[Record]) -> float | None:
+    """Mixed groups among all generated ones; None before the first step."""
+    before, weights, shares = 0, [], []
+    for record in records:
+        total = record.get("rollout/num_rollouts")
+        if total is not None and record.get("selection/mixed_share") is not None:
+            weights.append(total - before)
+            shares.append(record["selection/mixed_share"])
+        before = total if total is not None else before
+    return float(np.average(shares, weights=weights)) if sum(weights) > 0 else None
+
+
+def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
+    """Written beside and renamed: a summary.json that exists is whole."""
+    partial = path.with_name(path.name + ".new")
+    partial.write_text(json.dumps({name: plain(value) for name, value in summary.items()}, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+# --- Weights & Biases ---------------------------------------------------------------------------------
+
+
+class WandbSink:
+    """A copy of every record for Weights & Biases, offline unless WANDB_MODE says otherwise.
+
+    All of wandb runs in a thread of its own: an error there, or a service that hangs, ends the copy and
+    never the training. Its traceback goes to stderr, one sentence to `say`.
+    """
+
+    def __init__(self, run_dir: Path, project: str, config: Mapping[str, Any], say: Callable[[str], None]) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("log.wandb=true needs wandb, which is not installed: pip install wandb, or leave it out") from None
+        id_file = run_dir / "wandb_id.txt"  # the same id after a resume, so that the curve goes on
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex)
+        self._say = say
+        self._records: queue.Queue[Record | None] = queue.Queue()
+        options = {
+            "project": project,
+            "name": run_dir.name,
+            "id": id_file.read_text(),
+            "resume": "allow",
+            "dir": str(run_dir),
+            "config": dict(config),
+            "mode": os.environ.get("WANDB_MODE", "offline"),
+            "settings": wandb.Settings(console="off", silent=True),
+        }
+        self._thread = threading.Thread(target=self._copy, args=(wandb, options), name="wandb", daemon=True)
+        self._thread.start()
+
+    def _copy(self, wandb: Any, options: dict[str, Any]) -> None:
+        run = wandb.init(**options)
+        # wandb drops what comes at a step lower than the last, so steps are an axis of our own.
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        while (record := self._records.get()) is not None:
+            run.log({name: value for name, value in record.items() if plain(value) is not None})
+        run.finish()
+
+    def __call__(self, record: Record) -> None:
+        if self._say is not None and not self._thread.is_alive():
+            self._say("wandb stopped with an error (see the log); the run goes on without it")
+            self._say = None
+        self._records.put(record)
+
+    def close(self, wait_s: float = 30.0) -> None:
+        self._records.put(None)
+        self._thread.join(wait_s)

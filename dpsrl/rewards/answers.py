@@ -1,0 +1,188 @@
+r"""The text side of the math reward: which answer a response gives, and the tidy form two answers are compared in.
+
+Owns box finding, the cleaning of LaTeX and of units, and the splitting of lists and tuples. Plain strings and
+regular expressions over capped lengths; knows nothing of sympy or of what a value is.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+MAX_ANSWER_CHARS = 1000  # of one answer, and of a response without a box and without "answer is"
+MAX_TAIL_CHARS = 4096  # how far back "answer is" is looked for
+MAX_BOXES = 16  # how many unclosed boxes are passed over
+
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)|\\boxed\s+(?=[^\s{])")
+# Boxes joined by no more than this are one answer: "\boxed{2} and y = \boxed{3}".
+_JOINED = re.compile(r"[\s$]*(?:,|;|,?\s*(?:and|or)\b)[\s$]*(?:[A-Za-z]\s*=[\s$]*)?", re.ASCII)
+_STATED = re.compile(r"(?i)\banswer(?:\s+is|\s*[:=])[\s:*]*")
+_MATH = re.compile(r"\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]")
+_LEAD_IN = re.compile(r"^.*(?:\bis\b|\bare\b|:)\s*")
+
+
+def final_answers(response: str) -> list[str]:
+    r"""What the response gives as its answer: readings of one statement, tried in turn; [] where there is none.
+
+    The last closed \boxed{...}, wherever it stands (boxes joined by a comma, "and" or "or" are one
+    answer, so that naming two is not two tries). Without a box: what follows the last "answer is" or
+    "answer:"; failing that the whole response if it is short enough to be an answer. A long response that
+    does neither, such as one cut off while thinking, has no answer.
+    """
+    boxed = _boxed(response)
+    if boxed is not None:
+        return [boxed]
+    tail = response[-MAX_TAIL_CHARS:]
+    stated = None
+    for stated in _STATED.finditer(tail):
+        pass
+    if stated is not None:
+        statement = tail[stated.end() :].split("\n\n", 1)[0]
+    else:
+        statement = response if len(response) <= MAX_ANSWER_CHARS else ""
+    statement = statement.split("I hope", 1)[0].strip(" \t\r\n*")[:MAX_ANSWER_CHARS]
+    if not statement:
+        return []
+    segments = [next(filter(None, groups)) for groups in _MATH.findall(statement)]
+    return [statement, segments[-1] if segments else _LEAD_IN.sub("", statement)]
+
+
+def _boxed(response: str) -> str | None:
+    """Content of the last closed box, or of the last run of joined boxes, comma-separated; None without one."""
+    contents: list[str] = []
+    start = len(response)
+    for _ in range(MAX_BOXES):
+        position = max(response.rfind("\\boxed", 0, start), response.rfind("\\fbox", 0, start))
+        if position < 0:
+            break
+        box = _read_box(response, position)
+        if box is not None:
+            content, end = box
+            gap = response[end:start] if len(contents) else ""
+            if contents and (len(gap) > 40 or not _JOINED.fullmatch(gap)):
+                break
+            if content not in contents:
+                contents.insert(0, content)
+        elif contents:
+            break
+        start = position
+    return ", ".join(contents) if contents else None
+
+
+def _read_box(text: str, position: int) -> tuple[str, int] | None:
+    r"""(content, end) of the box that opens at `position`; None if it is empty, unclosed or too long."""
+    opened = _BOX.match(text, position)
+    if opened is None:
+        return None
+    start = opened.end()
+    if text[start] != "{":  # \boxed 5
+        word = re.compile(r"[^\s$]+").match(text, start)
+        return (word.group()[:MAX_ANSWER_CHARS].rstrip(".,"), word.end()) if word else None
+    depth = 0
+    for end in range(start, min(len(text), start + MAX_ANSWER_CHARS + 2)):
+        if text[end] in "{}" and text[end - 1] != "\\":
+            depth += 1 if text[end] == "{" else -1
+            if depth == 0:
+                content = text[start + 1 : end].strip()
+                return (content, end + 1) if content else None
+    return None
+
+
+def accepted_answers(answer: Any) -> list[str]:
+    r"""The accepted spellings of a reference answer: itself, or each item of a list; their \boxed{} taken off."""
+    listed = answer if isinstance(answer, list | tuple) else [answer]
+    texts = [str(item).strip() for item in listed if isinstance(item, str | int | float)]
+    return [boxed if (boxed := _boxed(text)) is not None else text for text in texts]
+
+
+def is_scorable(answer: Any) -> bool:
+    """Whether some response could be right: an accepted spelling has a letter or a digit, and is not too long.
+
+    No more is asked: an answer that is not mathematics is still compared as text.
+    """
+    return any(len(text) <= MAX_ANSWER_CHARS and re.search(r"\w", tidy(text)) for text in accepted_answers(answer))
+
+
+# ---- tidying ----
+
+_CHARACTERS = str.maketrans(
+    {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "°": r"^\circ ", "π": r"\pi ", "∞": r"\infty ",
+     "≤": r"\le ", "≥": r"\ge ", "√": r"\sqrt ", "∪": r"\cup ", "\u00a0": " ", "\n": " ", "\t": " ", "\r": " "}
+)  # fmt: skip
+_TIDY = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in [
+        (r"\{,\}|,\\!", ","),  # thousands: 1{,}000 and 1,\!000
+        (r"\\\$|\$|(?<!\\)\\[()\[\]]", " "),  # dollars, and what only switches to mathematics
+        (r"\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])\.?", ""),
+        (r"(?<!\\)\\[,!;:]|\\(?:displaystyle|limits)(?![a-zA-Z])", ""),
+        (r"(?<!\\)\\ |~|\\q?quad(?![a-zA-Z])", " "),
+        (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+        (r"\\(?:text(?:bf|it|rm|normal|sf|tt)|mbox|hbox|mathrm|mathbf|mathit|mathsf)\s*(?=\{)", r"\\text"),
+        (r"\\(?:leq|leqslant)(?![a-zA-Z])", r"\\le"),
+        (r"\\(?:geq|geqslant)(?![a-zA-Z])", r"\\ge"),
+        (r",?\s*\\text\s*\{\s*,?\s*(?:and|or)\s*\}|,?\s+(?:and|or)\s+", ", "),
+        (r"\^\s*\{?\s*\\circ\s*\}?(?:\s*(?:\\text\{\s*)?[CF]\}?(?![a-zA-Z]))?|\\degree(?![a-zA-Z])", ""),
+        (r"(?<=\d)\^\{\s*(?:\\prime\s*)+\}\s*$", ""),  # arc seconds
+        (r"(?<![\w.])(-?\d+(?:\.\d+)?)[eE]([+-]?\d+)(?!\w)", r"\1 \\times 10^{\2}"),
+        (r"^[\s=:*]*(?:\\approx|\\sim)?\s*|[\s.,;:*]+$", ""),
+    ]
+]
+# Words after a value are its unit, except those that are part of the value.
+_UNIT = re.compile(r"(?<=[\w})])((?:\s*\\text\s*\{(?!\s*[ap]\.?\s*m\b)[^{}]*\}(?:\^\{?-?\d\}?)?)+)$")
+
+
+def tidy(text: str) -> str:
+    """The same answer without what only typesets it: delimiters, spacing, sizes, degrees, spellings of commands."""
+    text = text.translate(_CHARACTERS)
+    for pattern, replacement in _TIDY:
+        text = pattern.sub(replacement, text)
+    return text.strip()
+
+
+def without_unit(text: str) -> str:
+    r"""A tidy answer without the \text{...} that closes it, where a value with a digit stands before it."""
+    bare = _UNIT.sub("", text).rstrip(" .,")
+    return bare if re.search(r"\d", bare) else text
+
+
+def canonical(text: str) -> str:
+    """The key that equal spellings of a tidy answer share: no space, no text commands, no braces for one sign."""
+    text = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text)
+    return re.sub(r"\{(\w)\}", r"\1", re.sub(r"\s+", "", text))
+
+
+def as_words(text: str) -> str | None:
+    r"""Letters of a tidy answer that is text and no mathematics, caseless: "\text{(E)}" -> "e"; None for others."""
+    words = re.fullmatch(r"\(?\s*\\text\s*\{([^{}]*)\}\s*\)?|([A-Z]{3,})", text)
+    if words is None:
+        return None
+    return re.sub(r"[^\w:,]", "", words.group(1) or words.group(2)).casefold()
+
+
+def split_list(text: str) -> list[str]:
+    """Items between the commas and semicolons that stand outside all brackets; [text] where there are none."""
+    items, depth, start = [], 0, 0
+    for position, character in enumerate(text):
+        if character in "([{":
+            depth += 1
+        elif character in ")]}":
+            depth -= 1
+        elif character in ",;" and depth <= 0:
+            items.append(text[start:position])
+            start = position + 1
+    return [item.strip() for item in [*items, text[start:]] if item.strip()]
+
+
+def brackets(text: str) -> tuple[str, str, str] | None:
+    r"""(opening, inside, closing) of a tidy answer that one pair of ( [ or \{ encloses whole; None for others."""
+    found = re.fullmatch(r"(\(|\[|\\\{)(.*)(\)|\]|\\\})", text)
+    if found is None:
+        return None
+    depth = 0
+    for character in found.group(2):
+        depth += (character in "([{") - (character in ")]}")
+        if depth < 0:  # (0,1) \cup (2,3)
+            return None
+    return found.group(1), found.group(2).rstrip("\\"), found.group(3)

@@ -1,0 +1,156 @@
+r"""The math reward: is the final answer of a response equal in value to a reference answer?
+
+Equal spellings are right without sympy; the rest goes through math-verify, items of lists and tuples one by
+one. Owns no deadline: sympy can take hours and gigabytes over one expression, so call `score` in a process that
+can be killed (`dpsrl.rewards.Scorer`). Importing this module imports sympy; `dpsrl.rewards.answers` does not.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+from math_verify import LatexExtractionConfig, parse, verify
+
+from dpsrl.rewards.answers import (
+    MAX_ANSWER_CHARS,
+    accepted_answers,
+    as_words,
+    brackets,
+    canonical,
+    final_answers,
+    is_scorable,
+    split_list,
+    tidy,
+    without_unit,
+)
+from dpsrl.types import Score
+
+__all__ = ["is_scorable", "score"]
+
+# It warns once that its timeouts are off, and reports what it could not parse; both are meant here.
+logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+logging.getLogger("latex2sympy2_extended").setLevel(logging.CRITICAL)
+
+_LATEX = (LatexExtractionConfig(boxed_match_priority=0),)
+_RATIONAL = re.compile(r"([+-]?)(?:(\d{1,100})(\.\d{0,100})?|(\.\d{1,100})|\\frac\{(\d{1,100})\}\{(\d{1,100})\})")
+_NAMED = re.compile(r"[A-Za-z](?:_\{?\w+\}?)?(?:\([A-Za-z]\))?\s*=(?!=)")
+_BASED = re.compile(r"(-?[\dA-Z]+)_\{?(\d+)\}?")
+_CLOCK = re.compile(r"[ap]\.?\s*m\b")
+
+
+def score(response: str, answer: str | list[str]) -> Score:
+    r"""Reward 1 and correct, or 0 and not. A list of answers is a list of accepted spellings: any of them is right.
+
+    Commas inside one answer separate values that must all be given, in any order; those of a tuple or interval
+    keep their order and their brackets. "x=5" and "5", "5\text{ cm}" and "5", "10\%" and "10" (or 0.1)
+    count as equal. Which part of the response is judged: `answers.final_answers`.
+    """
+    golds = [tidy(text) for text in accepted_answers(answer)]
+    candidates = [tidy(text) for text in final_answers(response)]
+    correct = any(_matches(gold, candidate) for gold in golds for candidate in candidates)
+    return Score(reward=float(correct), correct=correct)
+
+
+def _matches(gold: str, candidate: str) -> bool:
+    """Whether a tidy candidate is the tidy reference answer, as spelled, as text, item by item, or in value."""
+    if not gold or not candidate or max(len(gold), len(candidate)) > MAX_ANSWER_CHARS:
+        return False
+    if canonical(gold) == canonical(candidate):
+        return True
+    words = as_words(gold)
+    if words is not None or _CLOCK.search(gold):
+        return _same_words(words or gold, candidate)
+    readings = [gold]
+    if not re.search(r"(?<!\\)\b[A-Za-z]", gold):  # "0.56 = 56\%", "\frac{2}{3} \approx 0.67": either side will do
+        readings += [side for side in re.split(r"\\approx|=", gold) if side.strip()][:2]
+    # A candidate with two sides gives one: the rounded one only where the reference is rounded.
+    sides = re.split(r"\\approx", candidate)
+    candidate = sides[-1] if "." in gold else sides[0]
+    return any(_same_structure(reading.strip(), candidate.strip()) for reading in dict.fromkeys(readings))
+
+
+def _same_words(words: str, candidate: str) -> bool:
+    """Text answers: equal letters, whatever the case; a list of single letters in any order."""
+    given = as_words(rf"\text{{{canonical(candidate)}}}") or ""
+    wanted = as_words(rf"\text{{{canonical(words)}}}") or ""
+    if given == wanted:
+        return True
+    items = wanted.split(",")
+    return len(items) > 1 and all(len(item) == 1 for item in items) and sorted(items) == sorted(given.split(","))
+
+
+def _same_structure(gold: str, candidate: str) -> bool:
+    """Tuples and intervals item by item in order, lists and sets item by item in any order, the rest in value."""
+    gold_pair, candidate_pair = brackets(gold), brackets(candidate)
+    if gold_pair and candidate_pair and "\\{" not in (gold_pair[0], candidate_pair[0]):
+        gold_items, items = split_list(gold_pair[1]), split_list(candidate_pair[1])
+        if len(gold_items) > 1 and len(items) > 1:
+            same_brackets = (gold_pair[0], gold_pair[2]) == (candidate_pair[0], candidate_pair[2])
+            return same_brackets and len(gold_items) == len(items) and all(map(_matches, gold_items, items))
+    gold_items = split_list(gold_pair[1] if gold_pair and gold_pair[0] == "\\{" else gold)
+    items = split_list(candidate_pair[1] if candidate_pair and candidate_pair[0] == "\\{" else candidate)
+    if 1 < len(gold_items) == len(items):
+        return _same_items(gold_items, items)
+    return _same_value(gold, candidate)
+
+
+def _same_items(gold_items: list[str], items: list[str]) -> bool:
+    """Whether the items can be paired off. Greedy: equality of values makes any pairing as good as another."""
+    left = list(items)
+    for gold in gold_items:
+        match = next((item for item in left if _matches(gold, item)), None)
+        if match is None:
+            return False
+        left.remove(match)
+    return True
+
+
+def _same_value(gold: str, candidate: str) -> bool:
+    """Whether two single answers have one value. Percent signs: 50\\% is 50, and 0.5 where only one side has one."""
+    if _NAMED.match(gold) is None or _NAMED.match(candidate) is None:
+        gold, candidate = _NAMED.sub("", gold, count=1), _NAMED.sub("", candidate, count=1)
+    gold, candidate = without_unit(gold), without_unit(candidate)
+    based = _BASED.fullmatch(gold)
+    if based:  # a number in a base: the base may be left out, and no other may be given
+        return canonical(candidate) in (canonical(gold), based.group(1))
+    plain_gold, plain = re.sub(r"\s*\\?%", "", gold), re.sub(r"\s*\\?%", "", candidate)
+    if _equal(plain_gold, plain):
+        return True
+    if ("%" in gold) != ("%" in candidate):
+        return _equal(rf"\frac{{{plain_gold}}}{{100}}" if "%" in gold else gold,
+                      rf"\frac{{{plain}}}{{100}}" if "%" in candidate else candidate)  # fmt: skip
+    return False
+
+
+def _equal(gold: str, candidate: str) -> bool:
+    """Equal spelling, equal rational numbers, or equal by math-verify."""
+    if canonical(gold) == canonical(candidate):
+        return True
+    left, right = _rational(canonical(gold)), _rational(canonical(candidate))
+    if left is not None and right is not None and (left == right or ("." in gold) == ("." in candidate)):
+        return left == right
+    # Without its timeouts: those are signals, which work in a main thread only and would cancel ours.
+    return verify(_parse(gold), _parse(candidate), timeout_seconds=None, allow_set_relation_comp=True)
+
+
+def _rational(text: str) -> Fraction | None:
+    r"""The value of 12, -1.50, .5 or \frac{1}{2}; None for anything else. Raises nothing."""
+    number = _RATIONAL.fullmatch(text)
+    if number is None:
+        return None
+    sign, whole, decimals, bare_decimals, numerator, denominator = number.groups()
+    if denominator is not None:
+        value = Fraction(int(numerator), int(denominator)) if int(denominator) else None
+    else:
+        value = Fraction(f"{whole or 0}{(decimals or bare_decimals or '.0').ljust(2, '0')}")
+    return -value if value is not None and sign == "-" else value
+
+
+@lru_cache(maxsize=256)
+def _parse(text: str) -> list[Any]:
+    """What math-verify reads in one answer: sympy objects and text, [] for nothing. Cached for the references."""
+    return parse(rf"\boxed{{{text}}}", extraction_config=_LATEX, parsing_timeout=None)

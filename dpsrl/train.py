@@ -1,0 +1,288 @@
+"""`python -m dpsrl.train +recipe=NAME key=value ...`: configuration -> parts -> train() -> train_step().
+
+The step, as the algorithm box of the paper has it:
+
+    select B prompts        predict the solving states one step ahead, take the likeliest to be partially solved
+    roll out G each         vLLM engines; groups are scored and admitted as they end
+    observe                 the posterior learns from every scored group
+    update                  GRPO/DAPO loss of the admitted groups
+    sync                    the engines take the new weights, and prove it
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from dpsrl.algo.advantages import group_advantages
+from dpsrl.algo.packing import lay_out, padding_share
+from dpsrl.checkpoint import RunFolder, check_model_folder
+from dpsrl.cluster import Cluster, StallError, check_resources, num_local_gpus, resource_plan
+from dpsrl.config import Config, help_text, load_config
+from dpsrl.controller import Outcome
+from dpsrl.data.build import load_tokenizer, training_prompts
+from dpsrl.data.prompts import PromptSet
+from dpsrl.evaluate import Benchmarks
+from dpsrl.groups import TRAINING, GroupStream
+from dpsrl.metrics import GroupLog, Metrics, WandbSink, read_lines, summarize, write_summary
+from dpsrl.pools import ControllerHandle, RolloutPool, TrainerPool, Weights, transfer_backend
+from dpsrl.report import write_report
+from dpsrl.rewards import Scorer
+from dpsrl.screen import Screen
+from dpsrl.selection import build_selector
+from dpsrl.types import Group, Sequence, UserError
+
+
+@dataclass
+class Run:
+    """The parts of a run, and how many rollouts it has generated."""
+
+    config: Config
+    folder: RunFolder
+    screen: Screen
+    tokenizer: Any
+    controller: ControllerHandle
+    groups: GroupStream
+    rollouts: RolloutPool
+    trainers: TrainerPool
+    weights: Weights
+    benchmarks: Benchmarks
+    metrics: Metrics
+    group_log: GroupLog
+    num_rollouts: int = 0
+    latest_eval: dict[str, float] = field(default_factory=dict)
+
+
+def train(run: Run) -> None:
+    """Evaluates, runs every step, evaluates again; a checkpoint at the end in any case."""
+    config = run.config
+    evaluate(run, 0)
+    run.metrics.close_step(0)
+    for step in range(1, config.train.steps + 1):
+        last = step == config.train.steps
+        with run.metrics.timer("time/step_s"):
+            train_step(run, step)
+            if last or (config.eval.every and step % config.eval.every == 0):
+                evaluate(run, step)
+            if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+                save(run, step)
+        run.metrics.close_step(step)
+
+
+def train_step(run: Run, step: int) -> None:
+    """One select-to-sync cycle."""
+    config, metrics = run.config, run.metrics
+    with metrics.timer("time/select_ms"):
+        selected = run.controller.select()
+    groups = generate(run, step, selected)
+    with metrics.timer("time/select_ms"):
+        metrics.add(run.controller.observe())
+        metrics.add({f"selection/occupancy/{state}": n for state, n in run.controller.occupancy().items()})
+    sequences = sequences_of(groups, config, step)
+    if len(sequences) >= config.train.num_updates:
+        with metrics.timer("time/train_s"):
+            layout = lay_out(
+                sequences, config.trainer.num_workers, config.train.num_updates,
+                config.trainer.micro_batch_tokens, run.tokenizer.pad_token_id, config.algo.aggregation,
+            )  # fmt: skip
+            metrics.add({"train/padding_share": padding_share(layout)})
+            metrics.add({f"train/{name}": value for name, value in run.trainers.train_step(layout).items()})
+    else:
+        run.screen.line(f"step {step}: no update, because only {len(sequences)} rollouts have a reward")
+    with metrics.timer("time/sync_s"):
+        metrics.add({"sync/canary_diff": run.weights.send(step), "sync/policy_version": step})
+
+
+def generate(run: Run, step: int, selected: list[tuple[int, float]]) -> list[Group]:
+    """The admitted groups of a step, in the order in which their prompts were selected."""
+    config, metrics = run.config, run.metrics
+    predicted = dict(selected)
+    groups: list[Group] = []
+    admitted: dict[int, Group] = {}
+    run.groups.score_s = 0.0
+    started = time.monotonic()
+    for group, _ in run.groups.stream(
+        predicted, num_rollouts=config.rollout.num_rollouts, temperature=config.rollout.temperature,
+        purpose=TRAINING, step=step,
+    ):  # fmt: skip
+        (kept,) = run.controller.admit([Outcome(group.index, group.num_solved, group.num_scored)])
+        run.group_log.write(step, group, kept, predicted[group.index])
+        groups.append(group)
+        if kept:
+            admitted[group.index] = group
+    elapsed_s = time.monotonic() - started
+    metrics.add({"time/generate_s": elapsed_s - run.groups.score_s, "time/score_s": run.groups.score_s})
+    run.num_rollouts += sum(len(group.rollouts) for group in groups)
+    metrics.add(rollout_metrics(groups) | {"rollout/num_rollouts": run.num_rollouts})
+    metrics.add({"selection/predicted_share": float(np.mean(list(predicted.values())))})
+    return [admitted[index] for index in predicted if index in admitted]
+
+
+def rollout_metrics(groups: list[Group]) -> dict[str, float]:
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    num_scored = sum(group.num_scored for group in groups)
+    measures = {
+        "rollout/response_tokens": float(np.mean([len(rollout.token_ids) for rollout in rollouts])),
+        "rollout/truncated_share": float(np.mean([rollout.finish_reason == "length" for rollout in rollouts])),
+        "rollout/num_missing": len(rollouts) - num_scored,
+    }
+    if num_scored:
+        rewards = np.concatenate([group.rewards_G for group in groups])
+        measures["rollout/solve_rate"] = sum(group.num_solved for group in groups) / num_scored
+        measures["rollout/reward"] = float(np.nanmean(rewards))
+    return measures
+
+
+def sequences_of(groups: list[Group], config: Config, step: int) -> list[Sequence]:
+    """Every rollout that has a reward, with its advantage; groups shuffled, so that updates are alike."""
+    order = np.random.default_rng([config.seed, step]).permutation(len(groups))
+    sequences = []
+    for group in (groups[position] for position in order):
+        advantages_G = group_advantages(group.rewards_G, config.algo.advantage)
+        for rollout, score, advantage in zip(group.rollouts, group.scores, advantages_G, strict=True):
+            if score is not None:
+                token_ids = np.concatenate([group.prompt_token_ids, rollout.token_ids])
+                sequences.append(Sequence(token_ids, len(group.prompt_token_ids), rollout.logprobs, float(advantage)))
+    return sequences
+
+
+def evaluate(run: Run, step: int) -> None:
+    with run.metrics.timer("time/eval_s"):
+        for result in run.benchmarks.evaluate(run.rollouts, step):
+            run.metrics.add({f"eval/{result.benchmark}/avg@{result.num_rollouts}": result.avg})
+            run.metrics.add({f"eval/{result.benchmark}/pass@{k}": value for k, value in result.pass_at.items()})
+
+
+def save(run: Run, step: int) -> None:
+    def write_model(folder: Path) -> None:
+        run.trainers.save_model(folder)
+        run.tokenizer.save_pretrained(folder)
+
+    with run.metrics.timer("time/checkpoint_s"):
+        run.folder.save_checkpoint(step, write_model, run.controller.state_dict(), run.config.checkpoint.keep)
+
+
+# --- from configuration to parts ------------------------------------------------------------------------
+
+
+def selector_config(config: Config) -> dict[str, Any]:
+    """`build_selector`'s arguments: the method, and those options that are not left to it."""
+    options = {name: value for name, value in vars(config.selection).items() if value is not None}
+    del options["admission"]
+    return options
+
+
+def preflight(config: Config) -> tuple[RunFolder, Any, PromptSet]:
+    """Everything that can be checked before an actor starts; UserError on the first fault."""
+    if not config.cluster.address:
+        check_resources(resource_plan(config), num_local_gpus())
+    folder = RunFolder(Path(config.run.dir or f"runs/{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"))
+    folder.check_free()
+    check_model_folder(config.model.path)
+    build_selector(**selector_config(config), num_prompts=1, num_rollouts=config.rollout.num_rollouts, seed=config.seed)
+    tokenizer = load_tokenizer(config.model.path)
+    prompts = training_prompts(config, tokenizer)
+    if config.train.batch > len(prompts):
+        raise UserError(
+            f"train.batch={config.train.batch} is larger than the data set's {len(prompts)} prompts: "
+            f"set train.batch to at most {len(prompts)}"
+        )
+    return folder, tokenizer, prompts
+
+
+def batch_arithmetic(config: Config, prompts: PromptSet) -> list[str]:
+    """What a step does in numbers, and what it needs."""
+    batch, rollouts, updates = config.train.batch, config.rollout.num_rollouts, config.train.num_updates
+    sequences = batch * rollouts
+    return [
+        f"{len(prompts):,} prompts; a step selects {batch}, x {rollouts} rollouts = {sequences:,} sequences",
+        f"{updates} update{'s' * (updates > 1)} per step of {sequences // updates:,} sequences, "
+        f"{sequences // updates / config.trainer.num_workers:,.0f} per trainer rank, "
+        f"at most {config.trainer.micro_batch_tokens:,} tokens per micro-batch",
+        f"{config.train.steps} steps = {config.train.steps * sequences:,} rollouts, "
+        f"{config.train.steps * batch / len(prompts):.2f} selections per prompt",
+        f"resources: {resource_plan(config).words}; weights travel by {transfer_backend(config)}",
+    ]
+
+
+def canary_tokens(prompts: PromptSet, tokenizer) -> np.ndarray:
+    """The fixed sequence of the weight-sync check: the first prompt, then its text again as a likely continuation."""
+    prompt = prompts[0]
+    text = tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
+    return np.concatenate([prompt.token_ids, np.asarray(text, dtype=np.int32)])[:256]
+
+
+def launch(config: Config, folder: RunFolder, tokenizer, prompts: PromptSet, stack: ExitStack) -> Run:
+    """Starts every part; `stack` ends them in reverse order."""
+    benchmarks = stack.enter_context(Benchmarks(config, tokenizer))
+    reward = config.reward
+    scorer = stack.enter_context(Scorer(reward.fn, num_workers=reward.num_workers, deadline_s=reward.deadline_s))
+    folder.create()
+    OmegaConf.save(OmegaConf.structured(config), folder.config)
+    screen = stack.enter_context(Screen.capture(folder.logs / "driver.log"))
+    for line in [*prompts.report.sentences(), *batch_arithmetic(config, prompts)]:
+        screen.line(line)
+    screen.line(f"starting; run folder {folder.path}")
+    cluster = stack.enter_context(Cluster(config, folder.logs))
+    backend = transfer_backend(config)
+    rollouts, trainers = RolloutPool(cluster, config, backend), TrainerPool(cluster, config, backend)
+    controller = ControllerHandle(
+        cluster, prompt_ids=prompts.ids, batch=config.train.batch, selector_config=selector_config(config),
+        num_rollouts=config.rollout.num_rollouts, seed=config.seed, admission=config.selection.admission,
+    )  # fmt: skip
+    trainers.start()
+    rollouts.policy_versions()
+    weights = Weights(trainers, rollouts, canary_tokens(prompts, tokenizer), config.weight_sync.canary_tolerance)
+    weights.verify_start()
+    sinks = [screen.progress(config.train.steps)]
+    if config.log.wandb:
+        plain_config = OmegaConf.to_container(OmegaConf.structured(config))
+        sinks.append(stack.enter_context(WandbSink(folder.path, config.log.wandb_project, plain_config, screen.line)))
+    metrics, group_log = Metrics(folder.metrics, sinks), GroupLog(folder.groups)
+    groups = GroupStream(prompts, rollouts, scorer, tokenizer, config.seed)
+    return Run(
+        config, folder, screen, tokenizer, controller, groups, rollouts, trainers, weights, benchmarks, metrics, group_log
+    )
+
+
+def run(config: Config) -> None:
+    started = time.monotonic()
+    folder, tokenizer, prompts = preflight(config)
+    if config.dry_run:
+        print("\n".join([*prompts.report.sentences(), *batch_arithmetic(config, prompts)]))
+        return
+    with ExitStack() as stack:
+        parts = launch(config, folder, tokenizer, prompts, stack)
+        parts.metrics.add({"time/start_s": time.monotonic() - started})
+        train(parts)
+        records, _ = read_lines(folder.metrics)
+        summary = summarize(records, parts.weights.policy_version, time.monotonic() - started)
+        write_summary(folder.summary, summary)
+        report = write_report(folder.path)
+        parts.screen.close(summary, folder.path, report)
+
+
+def main(arguments: list[str]) -> int:
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text("train"))
+        return 0
+    try:
+        run(load_config(arguments))
+    except (UserError, StallError) as error:
+        print(f"dpsrl: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("dpsrl: interrupted; everything that was started has ended", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,115 @@
+"""What the schema accepts and the sentence it refuses the rest with."""
+
+import pytest
+from dpsrl.config import Config, check, config_dir, group_choices, help_text, load_config, schema_keys, value_of
+from dpsrl.types import UserError
+
+
+def refusal(*arguments: str, entry: str = "train") -> str:
+    with pytest.raises(UserError) as error:
+        load_config(list(arguments), entry)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("recipe", group_choices("recipe"))
+def test_every_recipe_is_complete_and_within_range(recipe):
+    config = load_config([f"+recipe={recipe}"])
+    assert config.run.name == recipe
+
+
+@pytest.mark.parametrize("group", ["selection", "algo", "cluster"])
+def test_every_choice_of_a_group_composes(group):
+    for choice in group_choices(group):
+        load_config(["+recipe=quickstart", f"{group}={choice}"])
+
+
+def test_the_command_line_beats_the_recipe_and_the_recipe_beats_the_defaults():
+    defaults = Config()
+    recipe = load_config(["+recipe=math"])
+    assert recipe.train.steps == 360 != defaults.train.steps
+    # Order on the command line does not matter, and group choices of a recipe can be replaced.
+    mine = load_config(["train.steps=2", "+recipe=math", "cluster=cpu", "model=tiny", "eval.benchmarks=[aime24]"])
+    assert (mine.train.steps, mine.cluster.device, mine.trainer.num_workers) == (2, "cpu", 1)
+    assert (mine.model.dtype, mine.model.max_response_tokens) == ("float32", 32)
+    assert mine.selection.decay == 0.7  # what was not replaced is still the recipe's
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("train.stepss=3", ["'train.stepss'", "'train.steps'"]),
+        ("+trainer.lrate=3", ["'trainer.lrate'", "'trainer.lr'"]),
+        ("num_rollouts=3", ["'num_rollouts'", "num_rollouts'"]),
+        ("train.steps=abc", ["train.steps=abc", "Integer"]),
+        ("trainer.lr=fast", ["trainer.lr=fast", "Float"]),
+        ("dry_run=perhaps", ["dry_run=perhaps", "bool"]),
+        ("train.steps=0", ["train.steps=0", "at least 1"]),
+        ("rollout.temperature=0", ["rollout.temperature=0", "above 0"]),
+        ("trainer.zero_stage=4", ["trainer.zero_stage=4", "0, 1, 2, 3"]),
+        ("algo.aggregation=mean", ["algo.aggregation=mean", "token_mean"]),
+        ("train.num_updates=3", ["train.batch=32", "train.num_updates=3"]),
+        ("data.instruction=hello", ["data.instruction", "{problem}"]),
+        ("selection=hmmm", ["selection=hmmm", "dps"]),
+        ("recipe=math", ["+recipe=math"]),
+        ("+recipe=maths", ["recipe=maths", "math"]),
+        ("train.steps", ["'train.steps'", "key=value"]),
+        ("weight_sync.backend=nccl", ["weight_sync.backend=nccl", "auto"]),
+        ("train.max_lag=1", ["train.max_lag=1"]),
+        ("resume=auto", ["resume=auto"]),
+    ],
+)
+def test_a_bad_argument_is_refused_with_its_value_and_the_remedy(argument, words):
+    message = refusal("+recipe=quickstart", argument) if "recipe" not in argument else refusal(argument)
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "checkpoint.keep=3",
+        "data.eval_dir=somewhere",
+        "rollout.gpu_memory_share=0.5",
+        "cluster.placement=colocate",
+        "log.wandb_project=mine",
+        "data.split=test",
+    ],
+)
+def test_a_key_set_without_effect_is_refused(argument):
+    message = refusal("+recipe=quickstart", argument)
+    assert argument.split("=")[0] in message and "no effect" in message
+
+
+def test_a_run_without_a_recipe_names_the_recipes():
+    message = refusal("train.steps=3")
+    assert "+recipe=" in message and "quickstart" in message
+
+
+def test_every_key_has_a_meaning_and_its_default_lies_in_its_range():
+    for name, item in schema_keys():
+        assert item.metadata["text"], name
+    check(Config())
+    assert all(f"  {name}" in help_text("train") for name, _ in schema_keys())
+
+
+def test_value_of_reads_objects_and_dictionaries():
+    assert value_of(Config(), "train.batch") == value_of({"train": {"batch": 256}}, "train.batch")
+
+
+def test_a_checkpoint_is_evaluated_with_its_own_runs_keys(tmp_path):
+    (tmp_path / "checkpoints/step_1/model").mkdir(parents=True)
+    run = load_config(["+recipe=quickstart", "eval.num_rollouts=4"])
+    from omegaconf import OmegaConf
+
+    OmegaConf.save(OmegaConf.structured(run), tmp_path / "config.yaml")
+    path = f"model.path={tmp_path / 'checkpoints/step_1/model'}"
+    config = load_config([path, "eval.temperature=0.3"], "evaluate")
+    assert config.data.countdown.format == "short" and config.model.dtype == "float32"
+    assert config.eval.num_rollouts == 4 and config.eval.benchmarks == ["countdown"]
+    assert config.eval.temperature == 0.3 and config.model.path.startswith(str(tmp_path))
+
+
+def test_the_configs_lie_where_they_are_looked_for():
+    assert (config_dir() / "train.yaml").is_file()

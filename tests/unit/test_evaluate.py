@@ -1,0 +1,37 @@
+"""avg@K's interval and pass@k against enumeration and simulation."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+from dpsrl.evaluate import mean_with_interval, pass_at
+
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer():
+    solved_N, num_samples = np.array([0, 1, 3, 8]), 8
+    measured = pass_at(solved_N, np.full(4, num_samples))
+    assert set(measured) == {1, 2, 4, 8}
+    for k, value in measured.items():
+        subsets = list(combinations(range(num_samples), k))
+        expected = [np.mean([any(i < solved for i in subset) for subset in subsets]) for solved in solved_N]
+        assert value == pytest.approx(np.mean(expected), abs=1e-12)
+
+
+def test_prompts_without_scores_are_left_out():
+    assert pass_at(np.array([0, 2]), np.array([0, 2])) == {1: 1.0, 2: 1.0}
+    assert pass_at(np.array([0]), np.array([0])) == {}
+
+
+def test_the_interval_holds_the_truth_about_95_times_in_100():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for trial in range(200):
+        values = rng.binomial(8, 0.3, 60) / 8
+        mean, low, high = mean_with_interval(values, trial)
+        assert low <= mean <= high
+        hits += low <= 0.3 <= high
+    assert 178 <= hits <= 200  # 190 expected, standard deviation 3
+
+
+def test_no_values_give_no_number():
+    assert np.isnan(mean_with_interval(np.array([]), 0)).all()
