@@ -181,7 +181,7 @@ def run(config: Config) -> None:
         rollouts = RolloutPool(cluster, config, transfer_backend(config))
         rollouts.policy_versions()
         results = benchmarks.evaluate(rollouts, 0, folder.path / "responses.jsonl")
-        screen.line(results_table(results))
+        screen.console.print(results_table(results))
         folder.summary.write_text(json.dumps([vars(result) for result in results], indent=1))
         screen.line(f"responses: {folder.path / 'responses.jsonl'}")
 

@@ -58,8 +58,12 @@ KEYS: dict[str, Key] = {
     "selection/occupancy/solved": Key("prompts", "last seen with right answers only", "last"),
     "train/loss": Key("nats", "policy loss, mean over the step's updates"),
     "train/mismatch_kl": Key("nats", "KL from the engine's to the trainer's token probabilities"),
-    "train/logprob_diff": Key("nats", "mean |trainer - engine| logprob of the batch's tokens"),
-    "train/clip_share": Key("share", "tokens whose ratio was clipped"),
+    "train/mismatch_abs": Key("nats", "mean |trainer - engine| logprob of the batch's tokens"),
+    "train/correction_capped_share": Key("share", "tokens whose importance weight reached its cap"),
+    "train/policy_kl": Key("nats", "KL from the policy that the step began with to the updated one"),
+    "train/clip_low_share": Key("share", "tokens whose ratio was clipped from below"),
+    "train/clip_high_share": Key("share", "tokens whose ratio was clipped from above"),
+    "train/dual_clip_share": Key("share", "tokens of negative advantage whose loss was bounded"),
     "train/entropy": Key("nats", "mean entropy of the policy over response tokens"),
     "train/grad_norm": Key("norm", "gradient norm before clipping"),
     "train/lr": Key("per update", "learning rate of the last update", "last"),
@@ -75,6 +79,18 @@ KEYS: dict[str, Key] = {
     "time/sync_s": Key("s", "sending weights and checking them", "sum"),
     "time/eval_s": Key("s", "evaluation", "sum"),
     "time/checkpoint_s": Key("s", "writing checkpoints", "sum"),
+}
+
+# What a person calls the phases that time keys measure, in the order of a run.
+PHASES = {
+    "start": "starting up",
+    "select": "selecting",
+    "generate": "generating",
+    "score": "scoring",
+    "train": "training",
+    "sync": "syncing weights",
+    "eval": "evaluating",
+    "checkpoint": "saving",
 }
 
 EVAL_KEY = re.compile(r"eval/(?P<benchmark>.+)/(?P<measure>avg|pass)@(?P<k>\d+)")
@@ -207,32 +223,40 @@ def open_lines(path: Path, last_step: int) -> Any:
 def summarize(records: Sequence[Record], policy_version: int, wall_s: float) -> dict[str, Any]:
     """summary.json of a run from its records.
 
-    `eval_first` and `eval_last`: benchmark -> accuracy; `eval_measure` says which, as avg@8. `mixed_share`
-    weighs steps by their rollouts. `time_s`: seconds by phase; phases that run at once may exceed `wall_s`.
+    `eval_first` and `eval_last`: benchmark -> accuracy, the latter of those evaluated more than once;
+    `eval_measure` says which, as avg@8. `mixed_share` weighs steps by their rollouts. `time_s`: seconds by
+    phase; phases that run at once may exceed `wall_s`.
     """
     evals: dict[str, list[tuple[str, float]]] = {}
     time_s: dict[str, float] = {}
     for record in records:
         for name, value in record.items():
             match = EVAL_KEY.fullmatch(name)
-            if value is None:
-                continue
-            if match and match["measure"] == "avg":
+            if match and match["measure"] == "avg" and value is not None:
                 evals.setdefault(match["benchmark"], []).append((f"avg@{match['k']}", value))
-            elif name.startswith("time/") and name != "time/step_s":
-                phase, unit = name.removeprefix("time/").rsplit("_", 1)
-                time_s[phase] = time_s.get(phase, 0.0) + value / (1000.0 if unit == "ms" else 1.0)
+        for phase, seconds in phase_seconds(record).items():
+            time_s[phase] = time_s.get(phase, 0.0) + seconds
     return {
         "steps": max((record["step"] for record in records), default=0),
         "num_rollouts": int(max((record.get("rollout/num_rollouts") or 0 for record in records), default=0)),
         "wall_s": wall_s,
         "eval_first": {benchmark: values[0][1] for benchmark, values in evals.items()},
-        "eval_last": {benchmark: values[-1][1] for benchmark, values in evals.items()},
+        "eval_last": {benchmark: values[-1][1] for benchmark, values in evals.items() if len(values) > 1},
         "eval_measure": {benchmark: values[-1][0] for benchmark, values in evals.items()},
         "mixed_share": mixed_share(records),
         "policy_version": policy_version,
         "time_s": time_s,
     }
+
+
+def phase_seconds(record: Record) -> dict[str, float]:
+    """Phase -> seconds, of those in PHASES that the step's record has."""
+    seconds = {}
+    for phase in PHASES:
+        for name, per_second in ((f"time/{phase}_s", 1.0), (f"time/{phase}_ms", 1000.0)):
+            if record.get(name) is not None:
+                seconds[phase] = record[name] / per_second
+    return seconds
 
 
 def mixed_share(records: Sequence[Record]) -> float | None:
@@ -250,7 +274,7 @@ def mixed_share(records: Sequence[Record]) -> float | None:
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
     """Written beside and renamed: a summary.json that exists is whole."""
     partial = path.with_name(path.name + ".new")
-    partial.write_text(json.dumps({name: plain(value) for name, value in summary.items()}, indent=2) + "\n")
+    partial.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 
@@ -268,11 +292,11 @@ class WandbSink:
         try:
             import wandb
         except ImportError:
-            raise UserError("log.wandb=true needs wandb, which is not installed: pip install wandb, or leave it out") from None
+            raise UserError("log.wandb=true needs wandb, which is not installed: install it or leave the key out") from None
         id_file = run_dir / "wandb_id.txt"  # the same id after a resume, so that the curve goes on
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex)
-        self._say = say
+        self._say, self._told = say, False
         self._records: queue.Queue[Record | None] = queue.Queue()
         options = {
             "project": project,
@@ -297,10 +321,11 @@ class WandbSink:
         run.finish()
 
     def __call__(self, record: Record) -> None:
-        if self._say is not None and not self._thread.is_alive():
-            self._say("wandb stopped with an error (see the log); the run goes on without it")
-            self._say = None
-        self._records.put(record)
+        if self._thread.is_alive():
+            self._records.put(record)
+        elif not self._told:
+            self._told = True
+            self._say("wandb stopped with an error, which is in the log; the run goes on without it")
 
     def close(self, wait_s: float = 30.0) -> None:
         self._records.put(None)

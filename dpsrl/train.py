@@ -65,6 +65,7 @@ def train(run: Run) -> None:
     config = run.config
     evaluate(run, 0)
     run.metrics.close_step(0)
+    run.screen.progress(config.train.steps)
     for step in range(1, config.train.steps + 1):
         last = step == config.train.steps
         with run.metrics.timer("time/step_s"):
@@ -154,6 +155,7 @@ def sequences_of(groups: list[Group], config: Config, step: int) -> list[Sequenc
 
 
 def evaluate(run: Run, step: int) -> None:
+    run.screen.stage("evaluating")
     with run.metrics.timer("time/eval_s"):
         for result in run.benchmarks.evaluate(run.rollouts, step):
             run.metrics.add({f"eval/{result.benchmark}/avg@{result.num_rollouts}": result.avg})
@@ -227,9 +229,9 @@ def launch(config: Config, folder: RunFolder, tokenizer, prompts: PromptSet, sta
     folder.create()
     OmegaConf.save(OmegaConf.structured(config), folder.config)
     screen = stack.enter_context(Screen.capture(folder.logs / "driver.log"))
-    for line in [*prompts.report.sentences(), *batch_arithmetic(config, prompts)]:
+    for line in [*prompts.report.sentences(), *batch_arithmetic(config, prompts), f"run folder {folder.path}"]:
         screen.line(line)
-    screen.line(f"starting; run folder {folder.path}")
+    screen.stage("starting the engines and the trainer")
     cluster = stack.enter_context(Cluster(config, folder.logs))
     backend = transfer_backend(config)
     rollouts, trainers = RolloutPool(cluster, config, backend), TrainerPool(cluster, config, backend)
@@ -241,7 +243,7 @@ def launch(config: Config, folder: RunFolder, tokenizer, prompts: PromptSet, sta
     rollouts.policy_versions()
     weights = Weights(trainers, rollouts, canary_tokens(prompts, tokenizer), config.weight_sync.canary_tolerance)
     weights.verify_start()
-    sinks = [screen.progress(config.train.steps)]
+    sinks = [screen.step]
     if config.log.wandb:
         plain_config = OmegaConf.to_container(OmegaConf.structured(config))
         sinks.append(stack.enter_context(WandbSink(folder.path, config.log.wandb_project, plain_config, screen.line)))
@@ -262,11 +264,12 @@ def run(config: Config) -> None:
         parts = launch(config, folder, tokenizer, prompts, stack)
         parts.metrics.add({"time/start_s": time.monotonic() - started})
         train(parts)
+        parts.screen.stage("writing the report")
         records, _ = read_lines(folder.metrics)
         summary = summarize(records, parts.weights.policy_version, time.monotonic() - started)
         write_summary(folder.summary, summary)
         report = write_report(folder.path)
-        parts.screen.close(summary, folder.path, report)
+        parts.screen.table(summary, folder.path, report)
 
 
 def main(arguments: list[str]) -> int:

@@ -94,13 +94,18 @@ def random_expression(numbers: Sequence[int], rng: random.Random) -> tuple[str, 
 
     Two subexpressions at a time are joined by a random operator until one is left, so all shapes of
     tree occur. A draw that gives zero, a negative number or a fraction is drawn again; + never fails.
+    Operands of + and * stay in the order of `numbers`: 3+5, never 5+3.
     """
     terms = [_Term(number, str(number), 2) for number in numbers]
     while len(terms) > 1:
         i, j = rng.sample(range(len(terms)), 2)
-        joined = _combine(terms[i], terms[j], rng.choice("+-*/"))
+        operator = rng.choice("+-*/")
+        if operator in "+*":
+            i, j = min(i, j), max(i, j)
+        joined = _combine(terms[i], terms[j], operator)
         if joined is not None:
-            terms = [term for k, term in enumerate(terms) if k not in (i, j)] + [joined]
+            terms[min(i, j)] = joined
+            del terms[max(i, j)]
     return terms[0].text, terms[0].value
 
 
@@ -145,15 +150,16 @@ def generate(
             idle_draws += 1
             if idle_draws == GIVE_UP_DRAWS:
                 raise UserError(
-                    f"num_prompts is {num_prompts}, but only {len(rows)} distinct Countdown instances were found "
-                    f"for numbers={tuple(numbers)}, max_number={max_number}, max_target={max_target} in the "
-                    f"{split} split: ask for fewer or widen the ranges."
+                    f"num_prompts is {num_prompts}, but only {len(rows)} distinct Countdown instances were "
+                    f"found for numbers={tuple(numbers)}, max_number={max_number}, max_target={max_target} "
+                    f"in the {split} split: ask for fewer or widen the ranges."
                 )
             continue
         idle_draws = 0
         seen.add(instance.key)
         problem = PROMPT_FORMATS[prompt_format](instance.numbers, instance.target)
-        rows.append({"problem": problem, "answer": {"numbers": list(instance.numbers), "target": instance.target}})
+        answer = {"numbers": list(instance.numbers), "target": instance.target}
+        rows.append({"problem": problem, "answer": answer})
     return rows
 
 

@@ -1,7 +1,7 @@
-r"""The text side of the math reward: which answer a response gives, and the tidy form two answers are compared in.
+r"""The text side of the math reward: which answer a response gives, and the form in which answers are compared.
 
-Owns box finding, the cleaning of LaTeX and of units, and the splitting of lists and tuples. Plain strings and
-regular expressions over capped lengths; knows nothing of sympy or of what a value is.
+Owns box finding, the cleaning of LaTeX and of units, and the splitting of lists and tuples. Strings and regular
+expressions over capped lengths; knows nothing of sympy or of what a value is.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)|\\boxed\s+(?=[^\s{])")
 # Boxes joined by no more than this are one answer: "\boxed{2} and y = \boxed{3}".
 _JOINED = re.compile(r"[\s$]*(?:,|;|,?\s*(?:and|or)\b)[\s$]*(?:[A-Za-z]\s*=[\s$]*)?", re.ASCII)
 _STATED = re.compile(r"(?i)\banswer(?:\s+is|\s*[:=])[\s:*]*")
-_MATH = re.compile(r"\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]")
-_LEAD_IN = re.compile(r"^.*(?:\bis\b|\bare\b|:)\s*")
+_LEAD_IN = re.compile(r"^.*(?:\b(?:is|are|equals|hence|thus|therefore|so)\b|[A-Za-z*]:)[\s,:*]*", re.I | re.S)
+_MATH_FIRST = re.compile(r"(\$[^$]+\$|\\\(.+?\\\))(?![\s$]*(?:,|;|and\b|or\b))")
 
 
 def final_answers(response: str) -> list[str]:
-    r"""What the response gives as its answer: readings of one statement, tried in turn; [] where there is none.
+    r"""What the response gives as its answer: readings of one statement, tried in turn; [] without any.
 
     The last closed \boxed{...}, wherever it stands (boxes joined by a comma, "and" or "or" are one
     answer, so that naming two is not two tries). Without a box: what follows the last "answer is" or
@@ -33,22 +33,23 @@ def final_answers(response: str) -> list[str]:
     if boxed is not None:
         return [boxed]
     tail = response[-MAX_TAIL_CHARS:]
-    stated = None
-    for stated in _STATED.finditer(tail):
-        pass
-    if stated is not None:
-        statement = tail[stated.end() :].split("\n\n", 1)[0]
+    if "\\boxed" in tail:  # cut off inside it
+        return []
+    stated = list(_STATED.finditer(tail))
+    if stated:
+        statement = tail[stated[-1].end() :].split("\n\n", 1)[0]
     else:
         statement = response if len(response) <= MAX_ANSWER_CHARS else ""
     statement = statement.split("I hope", 1)[0].strip(" \t\r\n*")[:MAX_ANSWER_CHARS]
     if not statement:
         return []
-    segments = [next(filter(None, groups)) for groups in _MATH.findall(statement)]
-    return [statement, segments[-1] if segments else _LEAD_IN.sub("", statement)]
+    value = _LEAD_IN.sub("", statement)
+    formula = _MATH_FIRST.match(value)  # "$5$, because ..." but not "$5$ or $6$"
+    return [statement, formula.group(1) if formula else value]
 
 
 def _boxed(response: str) -> str | None:
-    """Content of the last closed box, or of the last run of joined boxes, comma-separated; None without one."""
+    """Content of the last closed box, or of the last run of joined boxes with commas between; None without."""
     contents: list[str] = []
     start = len(response)
     for _ in range(MAX_BOXES):
@@ -58,8 +59,7 @@ def _boxed(response: str) -> str | None:
         box = _read_box(response, position)
         if box is not None:
             content, end = box
-            gap = response[end:start] if len(contents) else ""
-            if contents and (len(gap) > 40 or not _JOINED.fullmatch(gap)):
+            if contents and (start - end > 40 or not _JOINED.fullmatch(response, end, start)):
                 break
             if content not in contents:
                 contents.insert(0, content)
@@ -89,26 +89,28 @@ def _read_box(text: str, position: int) -> tuple[str, int] | None:
 
 
 def accepted_answers(answer: Any) -> list[str]:
-    r"""The accepted spellings of a reference answer: itself, or each item of a list; their \boxed{} taken off."""
+    r"""The accepted spellings of a reference answer, itself or each item of a list, out of their \boxed{}."""
     listed = answer if isinstance(answer, list | tuple) else [answer]
     texts = [str(item).strip() for item in listed if isinstance(item, str | int | float)]
     return [boxed if (boxed := _boxed(text)) is not None else text for text in texts]
 
 
 def is_scorable(answer: Any) -> bool:
-    """Whether some response could be right: an accepted spelling has a letter or a digit, and is not too long.
+    """Whether some response could be right: an accepted spelling has a letter or digit and is not too long.
 
     No more is asked: an answer that is not mathematics is still compared as text.
     """
-    return any(len(text) <= MAX_ANSWER_CHARS and re.search(r"\w", tidy(text)) for text in accepted_answers(answer))
+    spellings = accepted_answers(answer)
+    return any(len(text) <= MAX_ANSWER_CHARS and re.search(r"\w", tidy(text)) for text in spellings)
 
 
 # ---- tidying ----
 
 _CHARACTERS = str.maketrans(
-    {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "°": r"^\circ ", "π": r"\pi ", "∞": r"\infty ",
-     "≤": r"\le ", "≥": r"\ge ", "√": r"\sqrt ", "∪": r"\cup ", "\u00a0": " ", "\n": " ", "\t": " ", "\r": " "}
-)  # fmt: skip
+    {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "°": r"^\circ ", "π": r"\pi ", "∞": r"\infty "}
+    | {"≤": r"\le ", "≥": r"\ge ", "√": r"\sqrt ", "∪": r"\cup ", "\u00a0": " "}
+    | {"\n": " ", "\t": " ", "\r": " "}
+)
 _TIDY = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
@@ -129,12 +131,13 @@ _TIDY = [
         (r"^[\s=:*]*(?:\\approx|\\sim)?\s*|[\s.,;:*]+$", ""),
     ]
 ]
-# Words after a value are its unit, except those that are part of the value.
-_UNIT = re.compile(r"(?<=[\w})])((?:\s*\\text\s*\{(?!\s*[ap]\.?\s*m\b)[^{}]*\}(?:\^\{?-?\d\}?)?)+)$")
+_UNIT = re.compile(r"(?<=[\w})])(?:\s*\\text\s*\{[^{}]*\}(?:\^\{?-?\d\}?)?)+$")
+_WORDS = re.compile(r"\(?\s*\\text\s*\{(?!\s*-?\d)[^{}]*\}\s*\)?|[A-Z]{3,}")
+_CLOCK = re.compile(r"\d[^a-z]*(?:text\s*\{)?\s*[ap]\.?\s*m\b")
 
 
 def tidy(text: str) -> str:
-    """The same answer without what only typesets it: delimiters, spacing, sizes, degrees, spellings of commands."""
+    """The same answer without what only typesets it: delimiters, spacing, sizes, degrees, command spellings."""
     text = text.translate(_CHARACTERS)
     for pattern, replacement in _TIDY:
         text = pattern.sub(replacement, text)
@@ -148,21 +151,23 @@ def without_unit(text: str) -> str:
 
 
 def canonical(text: str) -> str:
-    """The key that equal spellings of a tidy answer share: no space, no text commands, no braces for one sign."""
+    """The key that equal spellings of a tidy answer share: no space, no text command, no braces for one sign."""
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text)
     return re.sub(r"\{(\w)\}", r"\1", re.sub(r"\s+", "", text))
 
 
-def as_words(text: str) -> str | None:
-    r"""Letters of a tidy answer that is text and no mathematics, caseless: "\text{(E)}" -> "e"; None for others."""
-    words = re.fullmatch(r"\(?\s*\\text\s*\{([^{}]*)\}\s*\)?|([A-Z]{3,})", text)
-    if words is None:
-        return None
-    return re.sub(r"[^\w:,]", "", words.group(1) or words.group(2)).casefold()
+def is_text(text: str) -> bool:
+    r"""Whether a tidy answer is words and no mathematics: "\text{(E)}", "LQSX", "8:34 \text{ p.m.}"."""
+    return _WORDS.fullmatch(text) is not None or _CLOCK.search(text) is not None
+
+
+def text_key(text: str) -> str:
+    r"""The key that equal text answers share, caseless: "\text{(E)}" -> "e", "\text{ two  lines}" -> "twolines"."""
+    return re.sub(r"[^\w:,]", "", canonical(text)).casefold()
 
 
 def split_list(text: str) -> list[str]:
-    """Items between the commas and semicolons that stand outside all brackets; [text] where there are none."""
+    """Items between the commas and semicolons that stand outside all brackets; [text] without any."""
     items, depth, start = [], 0, 0
     for position, character in enumerate(text):
         if character in "([{":
@@ -176,7 +181,7 @@ def split_list(text: str) -> list[str]:
 
 
 def brackets(text: str) -> tuple[str, str, str] | None:
-    r"""(opening, inside, closing) of a tidy answer that one pair of ( [ or \{ encloses whole; None for others."""
+    r"""(opening, inside, closing) of a tidy answer that one pair of ( [ or \{ encloses; None for others."""
     found = re.fullmatch(r"(\(|\[|\\\{)(.*)(\)|\]|\\\})", text)
     if found is None:
         return None

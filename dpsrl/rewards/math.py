@@ -1,8 +1,8 @@
 r"""The math reward: is the final answer of a response equal in value to a reference answer?
 
 Equal spellings are right without sympy; the rest goes through math-verify, items of lists and tuples one by
-one. Owns no deadline: sympy can take hours and gigabytes over one expression, so call `score` in a process that
-can be killed (`dpsrl.rewards.Scorer`). Importing this module imports sympy; `dpsrl.rewards.answers` does not.
+one. Owns no deadline: sympy can take hours and gigabytes over one expression, so call `score` in a process
+that can be killed (`dpsrl.rewards.Scorer`). Importing this imports sympy; `dpsrl.rewards.answers` does not.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ from functools import lru_cache
 from typing import Any
 
 from math_verify import LatexExtractionConfig, parse, verify
+from sympy import Expr
 
 from dpsrl.rewards.answers import (
     MAX_ANSWER_CHARS,
     accepted_answers,
-    as_words,
     brackets,
     canonical,
     final_answers,
     is_scorable,
+    is_text,
     split_list,
+    text_key,
     tidy,
     without_unit,
 )
@@ -36,18 +38,21 @@ logging.getLogger("math_verify").setLevel(logging.CRITICAL)
 logging.getLogger("latex2sympy2_extended").setLevel(logging.CRITICAL)
 
 _LATEX = (LatexExtractionConfig(boxed_match_priority=0),)
-_RATIONAL = re.compile(r"([+-]?)(?:(\d{1,100})(\.\d{0,100})?|(\.\d{1,100})|\\frac\{(\d{1,100})\}\{(\d{1,100})\})")
-_NAMED = re.compile(r"[A-Za-z](?:_\{?\w+\}?)?(?:\([A-Za-z]\))?\s*=(?!=)")
-_BASED = re.compile(r"(-?[\dA-Z]+)_\{?(\d+)\}?")
-_CLOCK = re.compile(r"[ap]\.?\s*m\b")
+_RATIONAL = re.compile(r"([+-]?)(?:(\d{1,99})(\.\d{0,99})?|(\.\d{1,99})|\\frac\{?(\d{1,99})\}?\{?(\d{1,99})\}?)")
+# "x=", "f(x)=", "m_{\max }=", "AB=", "\angle A B C_{1}="; not the "MR=" of an equation between two names.
+_NAMED = re.compile(
+    r"(?:\\angle\s*)?[A-Za-z](?:\s*[A-Z]){0,3}(?:_\{?[\w\\\s]+\}?)?(?:\([A-Za-z]\))?\s*=(?![\sA-Z]+$)"
+)
+_BASED = re.compile(r"(-?(?=[A-Z]*\d)[\dA-Z]+)_\{?(\d+)\}?")
+_LETTER = re.compile(r"(?<!\\)\b[A-Za-z]")
 
 
 def score(response: str, answer: str | list[str]) -> Score:
-    r"""Reward 1 and correct, or 0 and not. A list of answers is a list of accepted spellings: any of them is right.
+    r"""Reward 1 and correct, or 0 and not. A list holds accepted spellings: any one of them is right.
 
-    Commas inside one answer separate values that must all be given, in any order; those of a tuple or interval
-    keep their order and their brackets. "x=5" and "5", "5\text{ cm}" and "5", "10\%" and "10" (or 0.1)
-    count as equal. Which part of the response is judged: `answers.final_answers`.
+    Commas inside one answer separate values that must all be given, in any order; those of a tuple or
+    interval keep their order and their brackets. "x=5" and "5", "5\text{ cm}" and "5", "10\%" and "10" (or
+    0.1) count as equal. Which part of the response is judged: `answers.final_answers`.
     """
     golds = [tidy(text) for text in accepted_answers(answer)]
     candidates = [tidy(text) for text in final_answers(response)]
@@ -56,35 +61,32 @@ def score(response: str, answer: str | list[str]) -> Score:
 
 
 def _matches(gold: str, candidate: str) -> bool:
-    """Whether a tidy candidate is the tidy reference answer, as spelled, as text, item by item, or in value."""
+    """Whether a tidy candidate is the tidy reference answer: as spelled, as text, item by item, or in value."""
     if not gold or not candidate or max(len(gold), len(candidate)) > MAX_ANSWER_CHARS:
         return False
     if canonical(gold) == canonical(candidate):
         return True
-    words = as_words(gold)
-    if words is not None or _CLOCK.search(gold):
-        return _same_words(words or gold, candidate)
+    if is_text(gold):
+        return _same_text(text_key(gold), text_key(candidate))
     readings = [gold]
-    if not re.search(r"(?<!\\)\b[A-Za-z]", gold):  # "0.56 = 56\%", "\frac{2}{3} \approx 0.67": either side will do
-        readings += [side for side in re.split(r"\\approx|=", gold) if side.strip()][:2]
+    if not _LETTER.search(gold):  # "0.56 = 56\\%", "\\frac{2}{3} \\approx 0.67": either side will do
+        readings += [side.strip() for side in re.split(r"\\approx|=", gold) if side.strip()][:2]
     # A candidate with two sides gives one: the rounded one only where the reference is rounded.
-    sides = re.split(r"\\approx", candidate)
-    candidate = sides[-1] if "." in gold else sides[0]
-    return any(_same_structure(reading.strip(), candidate.strip()) for reading in dict.fromkeys(readings))
+    sides = candidate.split(r"\approx")
+    candidate = (sides[-1] if "." in gold else sides[0]).strip()
+    return any(_same_structure(reading, candidate) for reading in dict.fromkeys(readings))
 
 
-def _same_words(words: str, candidate: str) -> bool:
-    """Text answers: equal letters, whatever the case; a list of single letters in any order."""
-    given = as_words(rf"\text{{{canonical(candidate)}}}") or ""
-    wanted = as_words(rf"\text{{{canonical(words)}}}") or ""
-    if given == wanted:
-        return True
-    items = wanted.split(",")
-    return len(items) > 1 and all(len(item) == 1 for item in items) and sorted(items) == sorted(given.split(","))
+def _same_text(gold: str, candidate: str) -> bool:
+    """Equal letters; those of a list of single letters in any order."""
+    items = gold.split(",")
+    if len(items) > 1 and all(len(item) == 1 for item in items):
+        return sorted(items) == sorted(candidate.split(","))
+    return gold == candidate
 
 
 def _same_structure(gold: str, candidate: str) -> bool:
-    """Tuples and intervals item by item in order, lists and sets item by item in any order, the rest in value."""
+    """Tuples and intervals item by item in order, lists and sets in any order, the rest in value."""
     gold_pair, candidate_pair = brackets(gold), brackets(candidate)
     if gold_pair and candidate_pair and "\\{" not in (gold_pair[0], candidate_pair[0]):
         gold_items, items = split_list(gold_pair[1]), split_list(candidate_pair[1])
@@ -99,7 +101,7 @@ def _same_structure(gold: str, candidate: str) -> bool:
 
 
 def _same_items(gold_items: list[str], items: list[str]) -> bool:
-    """Whether the items can be paired off. Greedy: equality of values makes any pairing as good as another."""
+    """Whether the items can be paired off. Greedy will do: what equals the same item is equal."""
     left = list(items)
     for gold in gold_items:
         match = next((item for item in left if _matches(gold, item)), None)
@@ -110,13 +112,15 @@ def _same_items(gold_items: list[str], items: list[str]) -> bool:
 
 
 def _same_value(gold: str, candidate: str) -> bool:
-    """Whether two single answers have one value. Percent signs: 50\\% is 50, and 0.5 where only one side has one."""
+    r"""Whether two single answers have one value. 50\% is 50, and also 0.5 where only one side has the sign."""
     if _NAMED.match(gold) is None or _NAMED.match(candidate) is None:
         gold, candidate = _NAMED.sub("", gold, count=1), _NAMED.sub("", candidate, count=1)
     gold, candidate = without_unit(gold), without_unit(candidate)
-    based = _BASED.fullmatch(gold)
+    based, given_base = _BASED.fullmatch(canonical(gold)), _BASED.fullmatch(canonical(candidate))
     if based:  # a number in a base: the base may be left out, and no other may be given
         return canonical(candidate) in (canonical(gold), based.group(1))
+    if given_base and given_base.group(2) != "10":
+        return False
     plain_gold, plain = re.sub(r"\s*\\?%", "", gold), re.sub(r"\s*\\?%", "", candidate)
     if _equal(plain_gold, plain):
         return True
@@ -133,8 +137,20 @@ def _equal(gold: str, candidate: str) -> bool:
     left, right = _rational(canonical(gold)), _rational(canonical(candidate))
     if left is not None and right is not None and (left == right or ("." in gold) == ("." in candidate)):
         return left == right
-    # Without its timeouts: those are signals, which work in a main thread only and would cancel ours.
-    return verify(_parse(gold), _parse(candidate), timeout_seconds=None, allow_set_relation_comp=True)
+    gold_parsed, parsed = _parse(gold), _parse(candidate)
+    # Without its timeouts: those are signals, which work in a main thread only.
+    equal = verify(gold_parsed, parsed, timeout_seconds=None, allow_set_relation_comp=True)
+    return equal and not _unequal_small_numbers(gold_parsed[0], parsed[0])
+
+
+def _unequal_small_numbers(gold: Any, candidate: Any) -> bool:
+    """Whether two numbers that math-verify calls equal differ: it takes 1e-18 - 1e-19 for zero."""
+    if not (isinstance(gold, Expr) and isinstance(candidate, Expr)):
+        return False
+    if not (gold.is_number and candidate.is_number):
+        return False
+    size = abs(gold.evalf(8))
+    return bool(0 < size < 1e-3) and bool(abs((gold - candidate).evalf(8)) > 1e-4 * size)
 
 
 def _rational(text: str) -> Fraction | None:
@@ -152,5 +168,5 @@ def _rational(text: str) -> Fraction | None:
 
 @lru_cache(maxsize=256)
 def _parse(text: str) -> list[Any]:
-    """What math-verify reads in one answer: sympy objects and text, [] for nothing. Cached for the references."""
+    """What math-verify reads in one answer: sympy objects and text, [] for nothing. Cached for references."""
     return parse(rf"\boxed{{{text}}}", extraction_config=_LATEX, parsing_timeout=None)

@@ -1,0 +1,273 @@
+"""Figures of one or several runs from the records of their metrics.jsonl, and nothing else.
+
+Each figure function takes `runs` (name -> records) or one run's `records`, and returns a matplotlib figure,
+or None where the records hold nothing to draw. Colours are Okabe and Ito's, told apart by every eye.
+matplotlib is imported when a figure is drawn, not before.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dpsrl.metrics import EVAL_KEY, PHASES, Record, phase_seconds
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Runs = Mapping[str, Sequence[Record]]
+
+ORANGE, SKY, GREEN, BLUE, RED, PINK = "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"
+CYCLE = (BLUE, RED, GREEN, ORANGE, PINK, SKY, "#000000")
+DASHES = ("-", "--", ":", "-.")  # after a round of colours
+STATES = {"solved": GREEN, "partial": ORANGE, "unsolved": "#777777", "unseen": "#E3E3E3"}
+PHASE_COLORS = dict(zip(PHASES, ("#BBBBBB", RED, BLUE, SKY, ORANGE, GREEN, PINK, "#777777"), strict=True))
+
+MAX_POINTS = 250  # a longer curve is drawn from this many means of equal stretches of steps
+
+STYLE = {
+    "figure.figsize": (5.6, 3.3),
+    "figure.constrained_layout.use": True,
+    "font.size": 9.5,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888888",
+    "axes.labelcolor": "#333333",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E8E8E8",
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "lines.linewidth": 1.8,
+    "svg.fonttype": "none",  # text stays text: small files, found by the browser's search
+    "svg.hashsalt": "dpsrl",  # the same records give the same bytes
+}
+
+
+# --- series -------------------------------------------------------------------------------------------
+
+
+def series(records: Sequence[Record], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values) where the key has a value, float64."""
+    points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+    return np.array([p[0] for p in points], dtype=float), np.array([p[1] for p in points], dtype=float)
+
+
+def thin(values: np.ndarray) -> np.ndarray:
+    """At most MAX_POINTS means of equal stretches along the first axis."""
+    if len(values) <= MAX_POINTS:
+        return values
+    edges = np.linspace(0, len(values), MAX_POINTS + 1).astype(int)
+    return np.add.reduceat(values, edges[:-1], axis=0) / np.diff(edges).reshape(-1, *[1] * (values.ndim - 1))
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Centred moving mean over about a tenth of the series, narrower at its ends."""
+    half = len(values) // 20
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    low = np.maximum(np.arange(len(values)) - half, 0)
+    high = np.minimum(np.arange(len(values)) + half + 1, len(values))
+    return (sums[high] - sums[low]) / (high - low)
+
+
+def curve(axes: Axes, records: Sequence[Record], key: str, label: str, color: str, dash: str = "-") -> bool:
+    """Draws the key's moving mean, its single values faint behind; False where there are none."""
+    steps, values = series(records, key)
+    if not len(steps):
+        return False
+    steps, values = thin(steps), thin(values)
+    marker = "o" if len(steps) == 1 else ""
+    smoothed = smooth(values)
+    if not np.array_equal(smoothed, values):
+        axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+    axes.plot(steps, smoothed, dash, color=color, label=label, marker=marker)
+    return True
+
+
+def eval_keys(records: Iterable[Record]) -> list[str]:
+    names = {name: None for record in records for name in record}
+    return [name for name in names if (match := EVAL_KEY.fullmatch(name)) and match["measure"] == "avg"]
+
+
+# --- figures over several runs ------------------------------------------------------------------------
+
+
+def accuracy(runs: Runs) -> Figure | None:
+    """Held-out accuracy at each evaluation, a line per run and benchmark."""
+    lines = []
+    for run, records in runs.items():
+        for key in eval_keys(records):
+            benchmark, measure = key.removeprefix("eval/").rsplit("/", 1)
+            name = f"{benchmark} {measure}" if len(runs) == 1 else f"{run}: {benchmark} {measure}"
+            lines.append((name, *series(records, key)))
+    lines = [line for line in lines if len(line[1])]
+    if not lines:
+        return None
+    figure, axes = new_figure("Held-out accuracy", "accuracy")
+    for index, (name, steps, values) in enumerate(lines):
+        color, dash = style_of(index)
+        # As many markers as tell evaluations apart.
+        axes.plot(steps, values, dash, marker="o" if len(steps) <= 40 else "", markersize=4.5, color=color, label=name)
+        if len(runs) == 1 and len(lines) <= 3:
+            label_ends(axes, steps, values, color)
+    axes.margins(x=0.08, y=0.2)
+    widen(axes)
+    return finish(figure, axes)
+
+
+def label_ends(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str) -> None:
+    """First and last value in figures, on the side that the line leaves free."""
+    for here, next_to in {0: 1, len(steps) - 1: -2}.items():
+        above = len(steps) == 1 or values[here] >= values[next_to]
+        offset = {"xytext": (0, 6 if above else -14), "textcoords": "offset points"}
+        axes.annotate(f"{values[here]:.3f}", (steps[here], values[here]), ha="center", color=color, fontsize=8.5, **offset)
+
+
+def reward(runs: Runs) -> Figure | None:
+    """Reward and solve rate of the training rollouts; with several runs, the solve rate of each."""
+    figure, axes = new_figure("Training rollouts", "reward, share solved" if len(runs) == 1 else "share solved")
+    drawn = []
+    for index, (name, records) in enumerate(runs.items()):
+        color, dash = style_of(index)
+        if len(runs) == 1:
+            drawn.append(curve(axes, records, "rollout/reward", "reward", ORANGE, "--"))
+        label = "solve rate" if len(runs) == 1 else name
+        drawn.append(curve(axes, records, "rollout/solve_rate", label, color, dash))
+    widen(axes)
+    return finish(figure, axes) if any(drawn) else None
+
+
+def mixed(runs: Runs) -> Figure | None:
+    """Share of generated groups that carry a learning signal, and for one run what the beliefs expected."""
+    figure, axes = new_figure("Mixed groups", "share of generated groups", share=True)
+    drawn = []
+    for index, (name, records) in enumerate(runs.items()):
+        color, dash = style_of(index)
+        if len(runs) == 1:
+            curve(axes, records, "selection/predicted_share", "predicted at selection", PINK, "--")
+        label = "mixed" if len(runs) == 1 else name
+        drawn.append(curve(axes, records, "selection/mixed_share", label, color, dash))
+    return finish(figure, axes) if any(drawn) else None
+
+
+# --- figures of one run -------------------------------------------------------------------------------
+
+
+def occupancy(records: Sequence[Record]) -> Figure | None:
+    """Share of prompts last seen in each solving state, stacked."""
+    keys = [f"selection/occupancy/{state}" for state in STATES]
+    rows = [[r["step"], *(r[key] for key in keys)] for r in records if all(r.get(k) is not None for k in keys)]
+    if not rows:
+        return None
+    table = thin(np.array(rows, dtype=float))
+    shares_TS = table[:, 1:] / np.maximum(table[:, 1:].sum(axis=1, keepdims=True), 1e-12)
+    figure, axes = new_figure("Solving states", "share of prompts", share=True)
+    stack(axes, table[:, 0], shares_TS, list(STATES), list(STATES.values()))
+    return finish(figure, axes, outside=True)
+
+
+def phases(records: Sequence[Record]) -> Figure | None:
+    """Seconds of each step by phase, stacked; step 0 (start-up and the first evaluation) left out."""
+    rows = [(record["step"], phase_seconds(record)) for record in records if record["step"] > 0]
+    names = [phase for phase in PHASES if any(seconds.get(phase, 0.0) > 0 for _, seconds in rows)]
+    if not names:
+        return None
+    table = thin(np.array([[step, *(seconds.get(name, 0.0) for name in names)] for step, seconds in rows]))
+    figure, axes = new_figure("Time by phase", "seconds per step")
+    stack(axes, table[:, 0], table[:, 1:], [PHASES[name] for name in names], [PHASE_COLORS[n] for n in names])
+    return finish(figure, axes, outside=True)
+
+
+def stack(axes: Axes, steps: np.ndarray, values_TS: np.ndarray, labels: list[str], colors: list[str]) -> None:
+    """One colour on the other, each step a flat piece, so that a single step and a lone peak keep their width."""
+    middles = (steps[1:] + steps[:-1]) / 2
+    half = (steps[-1] - steps[0]) / max(len(steps) - 1, 1) / 2 or 0.5
+    edges = np.concatenate([[steps[0] - half], middles, [steps[-1] + half]])
+    tops_TS = np.cumsum(values_TS, axis=1)
+    bottoms_TS = tops_TS - values_TS
+    for top, bottom, label, color in zip(tops_TS.T, bottoms_TS.T, labels, colors, strict=True):
+        top, bottom = np.append(top, top[-1]), np.append(bottom, bottom[-1])
+        axes.fill_between(edges, bottom, top, step="post", label=label, color=color, linewidth=0)
+    axes.set_xlim(edges[0], edges[-1])
+    axes.set_ylim(bottom=0.0)
+
+
+# --- the common look ----------------------------------------------------------------------------------
+
+
+def new_figure(title: str, ylabel: str, share: bool = False) -> tuple[Figure, Axes]:
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure()  # not pyplot's: no window, no global list of figures
+        axes = figure.add_subplot(title=title, xlabel="step", ylabel=ylabel)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
+        if share:
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+            axes.set_ylim(0, 1)
+    return figure, axes
+
+
+def widen(axes: Axes, span: float = 0.1) -> None:
+    """Stretches the y axis to at least `span`: noise in the third decimal should not look like a rise."""
+    low, high = axes.get_ylim()
+    extra = max(span - (high - low), 0.0) / 2
+    axes.set_ylim(low - extra, high + extra)
+
+
+def finish(figure: Figure, axes: Axes, outside: bool = False) -> Figure:
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        if outside:  # beside a stack, in its order from the top
+            axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), reverse=True, handlelength=1.0)
+        else:
+            axes.legend(loc="best")
+    return figure
+
+
+def style_of(index: int) -> tuple[str, str]:
+    return CYCLE[index % len(CYCLE)], DASHES[index // len(CYCLE) % len(DASHES)]
+
+
+# --- files --------------------------------------------------------------------------------------------
+
+RUNS_FIGURES: dict[str, Callable[[Runs], Figure | None]] = {"accuracy": accuracy, "reward": reward, "mixed": mixed}
+RUN_FIGURES: dict[str, Callable[[Sequence[Record]], Figure | None]] = {"occupancy": occupancy, "phases": phases}
+
+
+def figures(runs: Runs) -> dict[str, Figure]:
+    """Every figure these runs have something for, by name; the last two only for a single run."""
+    drawn = {name: draw(runs) for name, draw in RUNS_FIGURES.items()}
+    if len(runs) == 1:
+        (records,) = runs.values()
+        drawn |= {name: draw(records) for name, draw in RUN_FIGURES.items()}
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def to_svg(figure: Figure) -> str:
+    """The <svg> element alone, to stand inside a page."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def to_png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=200)
+    return buffer.getvalue()

@@ -1,0 +1,50 @@
+"""Real runs on the tiny model, shared by the tests of this folder: real vLLM, Ray and DeepSpeed."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+HANG_GUARD_S = 600
+SMALL = ["data.countdown.num_train=64", "data.countdown.num_test=16", "train.batch=16", "eval.num_rollouts=4"]
+
+
+@dataclass
+class FinishedRun:
+    folder: Path
+    output: str
+    returncode: int
+
+    def json(self, name: str):
+        return json.loads((self.folder / name).read_text())
+
+    def lines(self, name: str) -> list[dict]:
+        return [json.loads(line) for line in (self.folder / name).read_text().splitlines()]
+
+
+def run_module(module: str, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_GUARD_S, check=False)
+
+
+def train(folder: Path, *arguments: str) -> FinishedRun:
+    done = run_module("dpsrl.train", "+recipe=quickstart", f"run.dir={folder}", *SMALL, *arguments)
+    return FinishedRun(folder, done.stdout + done.stderr, done.returncode)
+
+
+@pytest.fixture(scope="session")
+def many_run(tmp_path_factory) -> FinishedRun:
+    """Three steps on two engines and two ZeRO-3 ranks."""
+    return train(
+        tmp_path_factory.mktemp("many") / "run", "train.steps=3", "eval.every=2", "checkpoint.every=2",
+        "rollout.num_workers=2", "trainer.num_workers=2", "trainer.zero_stage=3",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def single_run(tmp_path_factory) -> FinishedRun:
+    """Two steps of the same run on one engine and one rank without ZeRO."""
+    return train(tmp_path_factory.mktemp("single") / "run", "train.steps=2", "eval.every=2")
