@@ -116,7 +116,15 @@ def accuracy(runs: Runs) -> Figure | None:
     for index, (name, steps, values) in enumerate(lines):
         color, dash = style_of(index)
         # As many markers as tell evaluations apart.
-        axes.plot(steps, values, dash, marker="o" if len(steps) <= 40 else "", markersize=4.5, color=color, label=name)
+        axes.plot(
+            steps,
+            values,
+            dash,
+            marker="o" if len(steps) <= 40 else "",
+            markersize=4.5,
+            color=color,
+            label=name,
+        )
         if len(runs) == 1 and len(lines) <= 3:
             label_ends(axes, steps, values, color)
     axes.margins(x=0.08, y=0.2)
@@ -129,12 +137,21 @@ def label_ends(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str) ->
     for here, next_to in {0: 1, len(steps) - 1: -2}.items():
         above = len(steps) == 1 or values[here] >= values[next_to]
         offset = {"xytext": (0, 6 if above else -14), "textcoords": "offset points"}
-        axes.annotate(f"{values[here]:.3f}", (steps[here], values[here]), ha="center", color=color, fontsize=8.5, **offset)
+        axes.annotate(
+            f"{values[here]:.3f}",
+            (steps[here], values[here]),
+            ha="center",
+            color=color,
+            fontsize=8.5,
+            **offset,
+        )
 
 
 def reward(runs: Runs) -> Figure | None:
     """Reward and solve rate of the training rollouts; with several runs, the solve rate of each."""
-    figure, axes = new_figure("Training rollouts", "reward, share solved" if len(runs) == 1 else "share solved")
+    figure, axes = new_figure(
+        "Training rollouts", "reward, share solved" if len(runs) == 1 else "share solved"
+    )
     drawn = []
     for index, (name, records) in enumerate(runs.items()):
         color, dash = style_of(index)
@@ -165,7 +182,9 @@ def mixed(runs: Runs) -> Figure | None:
 def occupancy(records: Sequence[Record]) -> Figure | None:
     """Share of prompts last seen in each solving state, stacked."""
     keys = [f"selection/occupancy/{state}" for state in STATES]
-    rows = [[r["step"], *(r[key] for key in keys)] for r in records if all(r.get(k) is not None for k in keys)]
+    rows = [
+        [r["step"], *(r[key] for key in keys)] for r in records if all(r.get(k) is not None for k in keys)
+    ]
     if not rows:
         return None
     table = thin(np.array(rows, dtype=float))
@@ -188,7 +207,7 @@ def phases(records: Sequence[Record]) -> Figure | None:
 
 
 def stack(axes: Axes, steps: np.ndarray, values_TS: np.ndarray, labels: list[str], colors: list[str]) -> None:
-    """One colour on the other, each step a flat piece, so that a single step and a lone peak keep their width."""
+    """One colour on the other, each step a flat piece: a single step and a lone peak keep their width."""
     middles = (steps[1:] + steps[:-1]) / 2
     half = (steps[-1] - steps[0]) / max(len(steps) - 1, 1) / 2 or 0.5
     edges = np.concatenate([[steps[0] - half], middles, [steps[-1] + half]])
@@ -243,8 +262,15 @@ def style_of(index: int) -> tuple[str, str]:
 
 # --- files --------------------------------------------------------------------------------------------
 
-RUNS_FIGURES: dict[str, Callable[[Runs], Figure | None]] = {"accuracy": accuracy, "reward": reward, "mixed": mixed}
-RUN_FIGURES: dict[str, Callable[[Sequence[Record]], Figure | None]] = {"occupancy": occupancy, "phases": phases}
+RUNS_FIGURES: dict[str, Callable[[Runs], Figure | None]] = {
+    "accuracy": accuracy,
+    "reward": reward,
+    "mixed": mixed,
+}
+RUN_FIGURES: dict[str, Callable[[Sequence[Record]], Figure | None]] = {
+    "occupancy": occupancy,
+    "phases": phases,
+}
 
 
 def figures(runs: Runs) -> dict[str, Figure]:

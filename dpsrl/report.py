@@ -98,8 +98,12 @@ def render(runs: Sequence[Run]) -> str:
 
 def comparison(runs: Sequence[Run]) -> str:
     names = unique_names(runs)
-    head = "".join(f"<th>{column}</th>" for column in ("run", "accuracy", "steps", "rollouts", "mixed", "time"))
-    rows = "".join(f"<tr>{comparison_cells(name, run.summary)}</tr>" for name, run in zip(names, runs, strict=True))
+    head = "".join(
+        f"<th>{column}</th>" for column in ("run", "accuracy", "steps", "rollouts", "mixed", "time")
+    )
+    rows = "".join(
+        f"<tr>{comparison_cells(name, run.summary)}</tr>" for name, run in zip(names, runs, strict=True)
+    )
     figures = plots.figures({name: run.records for name, run in zip(names, runs, strict=True)})
     return f"<table class='wide'><tr>{head}</tr>{rows}</table>{figure_grid(figures)}"
 
@@ -121,14 +125,20 @@ def comparison_cells(name: str, summary: Mapping[str, Any]) -> str:
 def run_section(run: Run, alone: bool) -> str:
     notes = "".join(f"<p class='note'>{text(note)}</p>" for note in run.notes)
     figures = plots.figures({run.name: run.records})
-    cards = "".join(f"<div><b>{text(value)}</b><span>{text(name)}</span></div>" for name, value in cards_of(run))
+    cards = "".join(
+        f"<div><b>{text(value)}</b><span>{text(name)}</span></div>" for name, value in cards_of(run)
+    )
     return (
         ("" if alone else f"<h2>{text(run.name)}</h2>")
         + f"<p class='path'>{text(run.dir.resolve())}</p>{notes}<div class='cards'>{cards}</div>"
         + figure_grid(figures, results_table(run))
-        + f"<details><summary>Every metric</summary>{metrics_table(run.records)}</details>"
-        + f"<details><summary>Configuration</summary><pre>{text(run.config or 'no config.yaml')}</pre></details>"
+        + folded("Every metric", metrics_table(run.records))
+        + folded("Configuration", f"<pre>{text(run.config or 'no config.yaml')}</pre>")
     )
+
+
+def folded(title: str, content: str) -> str:
+    return f"<details><summary>{title}</summary>{content}</details>"
 
 
 def cards_of(run: Run) -> list[tuple[str, str]]:
@@ -177,11 +187,14 @@ def metrics_table(records: Sequence[Record]) -> str:
         unit, meaning = (key.unit, key.text) if key else ("", "")
         cells = f"<td><code>{text(name)}</code></td><td class='num'>{text(format_value(last[name]))}</td>"
         rows += f"<tr>{cells}<td>{text(unit)}</td><td>{text(meaning)}</td></tr>"
-    return f"<table class='wide'><tr><th>key</th><th>last value</th><th>unit</th><th>meaning</th></tr>{rows}</table>"
+    head = "<tr><th>key</th><th>last value</th><th>unit</th><th>meaning</th></tr>"
+    return f"<table class='wide'>{head}{rows}</table>"
 
 
 def format_value(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    return (
+        f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    )
 
 
 def unique_names(runs: Sequence[Run]) -> list[str]:
@@ -196,10 +209,12 @@ def text(value: object) -> str:
 
 STYLE = """
 :root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; color: #222; background: #fafafa;
+body, figure svg text { font-family: system-ui, "Segoe UI", Roboto, Helvetica, Arial, sans-serif !important; }
+body { font-size: 15px; line-height: 1.5; color: #222; background: #fafafa;
   max-width: 1180px; margin: 0 auto; padding: 24px 20px 60px; }
 h1 { font-size: 26px; margin: 0 0 2px; overflow-wrap: anywhere; }
-h2 { font-size: 20px; margin: 44px 0 2px; padding-top: 20px; border-top: 1px solid #ddd; overflow-wrap: anywhere; }
+h2 { font-size: 20px; margin: 44px 0 2px; padding-top: 20px; border-top: 1px solid #ddd;
+  overflow-wrap: anywhere; }
 .path, footer { color: #777; font-size: 13px; margin: 0 0 14px; overflow-wrap: anywhere; }
 .note { background: #FFF4DC; border-left: 4px solid #E69F00; padding: 8px 12px; margin: 12px 0; }
 .cards { display: flex; flex-wrap: wrap; gap: 12px; margin: 16px 0 20px; }
@@ -209,9 +224,9 @@ h2 { font-size: 20px; margin: 44px 0 2px; padding-top: 20px; border-top: 1px sol
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(460px, 100%), 1fr)); gap: 16px; }
 figure { background: #fff; border: 1px solid #e4e4e4; border-radius: 8px; margin: 0; padding: 12px 12px 8px; }
 figure svg { width: 100%; height: auto; display: block; }
-figure svg text { font-family: system-ui, "Segoe UI", Roboto, Helvetica, Arial, sans-serif !important; }
 figcaption { color: #666; font-size: 13px; margin-top: 4px; }
-details { overflow-x: auto; background: #fff; border: 1px solid #e4e4e4; border-radius: 8px; margin: 16px 0 0; padding: 10px 16px; }
+details { background: #fff; border: 1px solid #e4e4e4; border-radius: 8px; margin: 16px 0 0;
+  padding: 10px 16px; overflow-x: auto; }
 summary { cursor: pointer; font-weight: 600; }
 table { border-collapse: collapse; margin: 10px 0 4px; }
 table.wide { width: 100%; background: #fff; }

@@ -87,9 +87,9 @@ class Screen:
         self.console.file.flush()
 
     def stage(self, text: str) -> None:
-        """What is going on now, as in "evaluating": it moves on a terminal, and is replaced by what comes next."""
+        """What is going on now, as "evaluating": moving on a terminal, until something else comes."""
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, words=text)
+            self._bar.update(self._task, words=text, refresh=True)
         elif self.console.is_terminal:
             self._stop_status()
             self._status = self.console.status(text)
@@ -130,12 +130,14 @@ class Screen:
         if scores:
             when = f"step {record['step']}" if record["step"] else "before training"
             self._accuracy = f"accuracy {scores[0][1]:.3f}"
-            self.line(f"{when}: " + ", ".join(f"{m['benchmark']} avg@{m['k']} {value:.3f}" for m, value in scores))
+            self.line(
+                f"{when}: " + ", ".join(f"{m['benchmark']} avg@{m['k']} {value:.3f}" for m, value in scores)
+            )
         if record["step"] <= self._done_before:
             return
         self._done = record["step"]
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=self._done, words=self._words(record))
+            self._bar.update(self._task, completed=self._done, words=self._words(record), refresh=True)
             return
         now_s = self._clock()
         if now_s - self._last_line_s >= LINE_EVERY_S or self._done in (self._done_before + 1, self._total):
@@ -144,9 +146,10 @@ class Screen:
 
     def _words(self, record: Record) -> str:
         left_s = self._time_left_s()
+        narrow = self.console.is_terminal and self.console.width < 100
         parts = [
             number("reward {:.2f}", record.get("rollout/reward")),
-            number("solved {:.0%}", record.get("rollout/solve_rate")),
+            "" if narrow else number("solved {:.0%}", record.get("rollout/solve_rate")),
             number("mixed {:.0%}", record.get("selection/mixed_share")),
             self._accuracy,
             f"{duration(left_s)} left" if left_s else "",

@@ -27,6 +27,8 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from vllm.distributed.weight_transfer.base import (
     ParamMeta,
     TrainerInitInfo,
@@ -59,6 +61,9 @@ class WeightReceiver:
 
     def init(self, init_info: dict[str, Any], expected: list[WeightMeta]) -> None:
         self.expected = {meta.name: meta for meta in expected}
+        model_config = self.llm.llm_engine.model_config
+        tied = bool(model_config.hf_config.tie_word_embeddings)
+        compare_with_checkpoint(self.expected, checkpoint_shapes(model_config.model), tied)
         self.llm.init_weight_transfer_engine({"init_info": init_info})
 
     def start(self) -> None:
@@ -83,6 +88,36 @@ class WeightReceiver:
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("weight sync: the engine did not reset its prefix cache, so old weights would still speak")
         self.policy_version = policy_version
+
+
+def checkpoint_shapes(model_path: str) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in the model's safetensors files, from their headers alone."""
+    folder = Path(model_path)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(model_path, allow_patterns="*.safetensors", local_files_only=True))
+    shapes = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    return shapes
+
+
+def compare_with_checkpoint(
+    expected: dict[str, WeightMeta], checkpoint: dict[str, tuple[int, ...]], tied: bool
+) -> None:
+    """Raises unless the trainer will send just what the engine loaded at its start.
+
+    transformers may rename or fuse tensors as it loads them; vLLM would skip such names without a word.
+    """
+    left_out = {name for name in checkpoint.keys() - expected.keys() if not name.endswith("inv_freq")}
+    if tied:
+        left_out.discard("lm_head.weight")
+    unknown = sorted(name for name, meta in expected.items() if checkpoint.get(name) != meta.shape)
+    if left_out or unknown:
+        raise RuntimeError(
+            f"weight sync: the trainer's tensors are not the checkpoint's: {len(left_out)} would not be sent "
+            f"({sorted(left_out)[:1]}), {len(unknown)} are unknown or of another shape there ({unknown[:1]})"
+        )
 
 
 # --- trainer end ------------------------------------------------------------------------------------
@@ -213,22 +248,20 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemory
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
-        _repack_tied_head(self.model)
+        if self.model_config.hf_config.tie_word_embeddings:
+            _repack_tied_head(self.model)
 
     def shutdown(self) -> None:
         pass
 
 
 def _repack_tied_head(model: torch.nn.Module) -> None:
-    """Packs lm_head from the new embedding where the two are tied.
+    """Packs lm_head anew from the embedding it is tied to.
 
     vLLM's CPU kernels keep a packed copy of lm_head, and a reload renews it only if lm_head itself is sent.
     """
-    for module in model.modules():
-        head = getattr(module, "lm_head", None)
-        embedding = getattr(getattr(module, "model", None), "embed_tokens", None)
-        if head is not None and head is embedding:
-            head.quant_method.process_weights_after_loading(head)
+    model.lm_head.tie_weights(model.model.embed_tokens)
+    model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
 
 class SharedMemoryTrainerEngine(TrainerWeightTransferEngine[SharedMemoryTrainerInitInfo]):

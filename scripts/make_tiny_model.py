@@ -34,7 +34,7 @@ CHAT_TEMPLATE = (
 )
 CONTEXT_TOKENS = 4096
 
-NUMBERS, MAX_NUMBER, MAX_TARGET = (3, 4), 20, 100  # the default task, which quickstart trains on
+NUMBERS, MAX_NUMBER, MAX_TARGET, OPERATORS = (3, 4), 20, 100, '+++---*/'  # the default task, which quickstart trains on
 
 UPDATES, BATCH, PEAK_LR = 600, 128, 2e-3
 NUM_ROLLOUTS = 8
@@ -92,7 +92,7 @@ def draw_batch(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> tuple[
     """(token_ids, labels), int64 (BATCH, longest): right-padded; labels are -100 outside the response."""
     rows: list[tuple[list[int], int]] = []
     while len(rows) < BATCH:
-        instance = draw_instance(NUMBERS, rng, max_number=MAX_NUMBER, max_target=MAX_TARGET)
+        instance = draw_instance(NUMBERS, rng, max_number=MAX_NUMBER, max_target=MAX_TARGET, operators=OPERATORS)
         if instance is None or instance.split != "train":
             continue
         prompt = tokenizer.encode(prompt_text(short_prompt(instance.numbers, instance.target)))

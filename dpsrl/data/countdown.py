@@ -14,6 +14,7 @@ from typing import Any
 
 from dpsrl.types import UserError
 
+OPERATORS = "+-*/"
 SPLITS = ("train", "test")
 TEST_SHARE = 5  # one instance in this many belongs to the test split
 GIVE_UP_DRAWS = 20_000  # this many draws in a row without a new row: there are (almost) none left
@@ -89,7 +90,7 @@ def _combine(left: _Term, right: _Term, operator: str) -> _Term | None:
     return _Term(value, f"{_inside(left, 1)}/{_inside(right, 2)}", 1) if remainder == 0 else None
 
 
-def random_expression(numbers: Sequence[int], rng: random.Random) -> tuple[str, int]:
+def random_expression(numbers: Sequence[int], rng: random.Random, operators: str = OPERATORS) -> tuple[str, int]:
     """(expression, value): each number once, every intermediate value a positive integer.
 
     Two subexpressions at a time are joined by a random operator until one is left, so all shapes of
@@ -99,7 +100,7 @@ def random_expression(numbers: Sequence[int], rng: random.Random) -> tuple[str, 
     terms = [_Term(number, str(number), 2) for number in numbers]
     while len(terms) > 1:
         i, j = rng.sample(range(len(terms)), 2)
-        operator = rng.choice("+-*/")
+        operator = rng.choice(operators)
         if operator in "+*":
             i, j = min(i, j), max(i, j)
         joined = _combine(terms[i], terms[j], operator)
@@ -110,7 +111,7 @@ def random_expression(numbers: Sequence[int], rng: random.Random) -> tuple[str, 
 
 
 def draw_instance(
-    numbers: Sequence[int], rng: random.Random, *, max_number: int, max_target: int
+    numbers: Sequence[int], rng: random.Random, *, max_number: int, max_target: int, operators: str = OPERATORS
 ) -> Instance | None:
     """One instance of either split, or None where the expression drawn exceeds `max_target`.
 
@@ -118,7 +119,7 @@ def draw_instance(
     The numbers lie in 1..max_number.
     """
     chosen = tuple(rng.randint(1, max_number) for _ in range(rng.choice(numbers)))
-    solution, target = random_expression(chosen, rng)
+    solution, target = random_expression(chosen, rng, operators)
     return Instance(chosen, target, solution) if target <= max_target else None
 
 
@@ -129,6 +130,7 @@ def generate(
     *,
     max_number: int = 99,
     max_target: int = 100,
+    operators: str = OPERATORS,
     split: str = "train",
     prompt_format: str = "paper",
 ) -> list[dict[str, Any]]:
@@ -145,7 +147,7 @@ def generate(
     seen: set[tuple[int, ...]] = set()
     idle_draws = 0
     while len(rows) < num_prompts:
-        instance = draw_instance(numbers, rng, max_number=max_number, max_target=max_target)
+        instance = draw_instance(numbers, rng, max_number=max_number, max_target=max_target, operators=operators)
         if instance is None or instance.split != split or instance.key in seen:
             idle_draws += 1
             if idle_draws == GIVE_UP_DRAWS:

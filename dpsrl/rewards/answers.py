@@ -1,7 +1,7 @@
-r"""The text side of the math reward: which answer a response gives, and the form in which answers are compared.
+r"""The text side of the math reward: which answer a response gives, and the form to compare answers in.
 
-Owns box finding, the cleaning of LaTeX and of units, and the splitting of lists and tuples. Strings and regular
-expressions over capped lengths; knows nothing of sympy or of what a value is.
+Owns box finding, the cleaning of LaTeX and of units, and the splitting of lists and tuples. Strings and
+regular expressions over capped lengths; knows nothing of sympy or of what a value is.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def final_answers(response: str) -> list[str]:
 
 
 def _boxed(response: str) -> str | None:
-    """Content of the last closed box, or of the last run of joined boxes with commas between; None without."""
+    """Content of the last closed box, or of the last run of joined boxes, with commas; None without."""
     contents: list[str] = []
     start = len(response)
     for _ in range(MAX_BOXES):
@@ -137,7 +137,7 @@ _CLOCK = re.compile(r"\d[^a-z]*(?:text\s*\{)?\s*[ap]\.?\s*m\b")
 
 
 def tidy(text: str) -> str:
-    """The same answer without what only typesets it: delimiters, spacing, sizes, degrees, command spellings."""
+    """The same answer without what only typesets it: delimiters, spacing, sizes, degrees, synonyms."""
     text = text.translate(_CHARACTERS)
     for pattern, replacement in _TIDY:
         text = pattern.sub(replacement, text)
@@ -151,9 +151,13 @@ def without_unit(text: str) -> str:
 
 
 def canonical(text: str) -> str:
-    """The key that equal spellings of a tidy answer share: no space, no text command, no braces for one sign."""
+    """The key that equal spellings of a tidy answer share: no text command, space or braces for one sign.
+
+    A space between digits stays: "1 1/2" is not "11/2".
+    """
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text)
-    return re.sub(r"\{(\w)\}", r"\1", re.sub(r"\s+", "", text))
+    text = re.sub(r"(?<!\d)\s+|\s+(?!\s*\d)", "", text)
+    return re.sub(r"\{(\w)\}", r"\1", text)
 
 
 def is_text(text: str) -> bool:
@@ -162,7 +166,7 @@ def is_text(text: str) -> bool:
 
 
 def text_key(text: str) -> str:
-    r"""The key that equal text answers share, caseless: "\text{(E)}" -> "e", "\text{ two  lines}" -> "twolines"."""
+    r"""The key that equal text answers share, caseless: "\text{(E)}" -> "e", "two  Lines" -> "twolines"."""
     return re.sub(r"[^\w:,]", "", canonical(text)).casefold()
 
 

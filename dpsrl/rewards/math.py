@@ -38,7 +38,7 @@ logging.getLogger("math_verify").setLevel(logging.CRITICAL)
 logging.getLogger("latex2sympy2_extended").setLevel(logging.CRITICAL)
 
 _LATEX = (LatexExtractionConfig(boxed_match_priority=0),)
-_RATIONAL = re.compile(r"([+-]?)(?:(\d{1,99})(\.\d{0,99})?|(\.\d{1,99})|\\frac\{?(\d{1,99})\}?\{?(\d{1,99})\}?)")
+_RATIONAL = re.compile(r"([+-]?)(?:(\d{1,99})(\.\d{0,99})?|(\.\d{1,99})|\\frac\{(\d{1,99})\}\{(\d{1,99})\})")
 # "x=", "f(x)=", "m_{\max }=", "AB=", "\angle A B C_{1}="; not the "MR=" of an equation between two names.
 _NAMED = re.compile(
     r"(?:\\angle\s*)?[A-Za-z](?:\s*[A-Z]){0,3}(?:_\{?[\w\\\s]+\}?)?(?:\([A-Za-z]\))?\s*=(?![\sA-Z]+$)"
@@ -61,7 +61,7 @@ def score(response: str, answer: str | list[str]) -> Score:
 
 
 def _matches(gold: str, candidate: str) -> bool:
-    """Whether a tidy candidate is the tidy reference answer: as spelled, as text, item by item, or in value."""
+    """Whether a tidy candidate is the tidy reference answer: by spelling, as text, by items, or in value."""
     if not gold or not candidate or max(len(gold), len(candidate)) > MAX_ANSWER_CHARS:
         return False
     if canonical(gold) == canonical(candidate):
@@ -69,7 +69,7 @@ def _matches(gold: str, candidate: str) -> bool:
     if is_text(gold):
         return _same_text(text_key(gold), text_key(candidate))
     readings = [gold]
-    if not _LETTER.search(gold):  # "0.56 = 56\\%", "\\frac{2}{3} \\approx 0.67": either side will do
+    if not _LETTER.search(gold):  # "0.56 = 56\%", "\frac{2}{3} \approx 0.67": either side will do
         readings += [side.strip() for side in re.split(r"\\approx|=", gold) if side.strip()][:2]
     # A candidate with two sides gives one: the rounded one only where the reference is rounded.
     sides = candidate.split(r"\approx")
@@ -112,7 +112,7 @@ def _same_items(gold_items: list[str], items: list[str]) -> bool:
 
 
 def _same_value(gold: str, candidate: str) -> bool:
-    r"""Whether two single answers have one value. 50\% is 50, and also 0.5 where only one side has the sign."""
+    r"""Whether two single answers have one value. 50\% is 50, and 0.5 where only one side has the sign."""
     if _NAMED.match(gold) is None or _NAMED.match(candidate) is None:
         gold, candidate = _NAMED.sub("", gold, count=1), _NAMED.sub("", candidate, count=1)
     gold, candidate = without_unit(gold), without_unit(candidate)
@@ -134,7 +134,7 @@ def _equal(gold: str, candidate: str) -> bool:
     """Equal spelling, equal rational numbers, or equal by math-verify."""
     if canonical(gold) == canonical(candidate):
         return True
-    left, right = _rational(canonical(gold)), _rational(canonical(candidate))
+    left, right = _rational(gold), _rational(candidate)
     if left is not None and right is not None and (left == right or ("." in gold) == ("." in candidate)):
         return left == right
     gold_parsed, parsed = _parse(gold), _parse(candidate)

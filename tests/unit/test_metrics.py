@@ -67,7 +67,9 @@ def test_each_line_is_on_disk_when_the_step_closes_and_sinks_get_it(tmp_path):
 
 def test_values_that_are_not_finite_are_null_and_numpy_becomes_plain(tmp_path):
     record = Metrics(tmp_path / "metrics.jsonl")
-    record.add({"train/loss": math.nan, "train/grad_norm": np.float32("inf"), "rollout/num_rollouts": np.int64(8)})
+    record.add(
+        {"train/loss": math.nan, "train/grad_norm": np.float32("inf"), "rollout/num_rollouts": np.int64(8)}
+    )
     record.add({"train/lr": np.float64(0.5)})
     record.close_step(1)
     line = (tmp_path / "metrics.jsonl").read_text()
@@ -115,7 +117,13 @@ def test_a_resumed_run_holds_each_step_once(tmp_path):
     for step in (3, 4):
         second.add({"train/loss": 10.0 * step})
         second.close_step(step)
-    assert [(r["step"], r["train/loss"]) for r in lines_of(path)] == [(0, 0), (1, 1), (2, 2), (3, 30), (4, 40)]
+    assert [(r["step"], r["train/loss"]) for r in lines_of(path)] == [
+        (0, 0),
+        (1, 1),
+        (2, 2),
+        (3, 30),
+        (4, 40),
+    ]
 
 
 def test_a_new_run_begins_with_an_empty_file(tmp_path):
@@ -178,7 +186,10 @@ def test_the_summary_of_nothing():
 
 def test_a_summary_is_written_whole(tmp_path):
     write_summary(tmp_path / "summary.json", {"steps": 2, "eval_last": {"countdown": 0.5}})
-    assert json.loads((tmp_path / "summary.json").read_text()) == {"steps": 2, "eval_last": {"countdown": 0.5}}
+    assert json.loads((tmp_path / "summary.json").read_text()) == {
+        "steps": 2,
+        "eval_last": {"countdown": 0.5},
+    }
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
 
 
@@ -188,7 +199,9 @@ def test_a_summary_is_written_whole(tmp_path):
 def fake_wandb(monkeypatch, log):
     """A module in wandb's place whose run calls `log`; returns what init was given."""
     given = {}
-    run = types.SimpleNamespace(log=log, define_metric=lambda *a, **k: None, finish=lambda: given.update(finished=True))
+    run = types.SimpleNamespace(
+        log=log, define_metric=lambda *a, **k: None, finish=lambda: given.update(finished=True)
+    )
     module = types.ModuleType("wandb")
     module.Settings = lambda **settings: settings
     module.init = lambda **options: given.update(options) or run

@@ -66,7 +66,14 @@ def test_quick_steps_share_a_line_but_the_last_and_evaluations_are_shown():
         clock.now_s = float(step)
         screen.step(record(step, **({"eval/countdown/avg@8": 0.4} if step == 9 else {})))
     steps = [line.split("  ")[0] for line in out.getvalue().splitlines()]
-    assert steps == ["step 1/20", "step 6/20", "step 9: countdown avg@8 0.400", "step 11/20", "step 16/20", "step 20/20"]
+    assert steps == [
+        "step 1/20",
+        "step 6/20",
+        "step 9: countdown avg@8 0.400",
+        "step 11/20",
+        "step 16/20",
+        "step 20/20",
+    ]
 
 
 def test_a_resumed_run_measures_its_own_pace():
@@ -98,9 +105,9 @@ def test_the_closing_table_holds_every_figure_and_both_paths():
     out = io.StringIO()
     Screen(out).table(SUMMARY, Path("runs/quick"), Path("runs/quick/report.html"))
     text = out.getvalue()
-    for part in ("countdown avg@8", "0.250 before, 0.500 after (+0.250)", "20,480", "61.5%", "3:20", "generating",
-                 "1:40", "50%", "everything else", "run folder  runs/quick", "runs/quick/report.html"):  # fmt: skip
-        assert part in text
+    parts = ["countdown avg@8", "0.250 before, 0.500 after (+0.250)", "20,480", "61.5%", "3:20", "generating"]
+    parts += ["1:40", "50%", "everything else", "run folder  runs/quick", "runs/quick/report.html"]
+    assert [part for part in parts if part not in text] == []
 
 
 def test_rows_of_the_closing_table_worked_by_hand():
@@ -123,7 +130,15 @@ def test_phases_that_overlap_leave_no_rest():
 
 @pytest.mark.parametrize(
     "seconds, text",
-    [(0.04, "0.0 s"), (9.94, "9.9 s"), (9.96, "10 s"), (59.4, "59 s"), (60, "1:00"), (187.2, "3:07"), (7509, "2:05:09")],
+    [
+        (0.04, "0.0 s"),
+        (9.94, "9.9 s"),
+        (9.96, "10 s"),
+        (59.4, "59 s"),
+        (60, "1:00"),
+        (187.2, "3:07"),
+        (7509, "2:05:09"),
+    ],
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text
@@ -134,7 +149,7 @@ def test_durations(seconds, text):
 
 def test_a_terminal_gets_a_bar_and_its_cursor_back(monkeypatch):
     monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", "80")
     leader, follower = pty.openpty()
     shown = bytearray()
 
@@ -147,16 +162,18 @@ def test_a_terminal_gets_a_bar_and_its_cursor_back(monkeypatch):
     clock = Clock()
     with Screen(os.fdopen(follower, "w"), clock) as screen:
         screen.stage("starting Ray")
-        screen.progress(total=2)
+        screen.progress(total=200, done=100)
         clock.now_s = 30.0
-        screen.step(record(1))
+        screen.step(record(101, **{"eval/countdown/avg@8": 0.4}))
         screen.stage("evaluating")
-        screen.step(record(2, **{"eval/countdown/avg@8": 0.4}))
+        screen.step(record(200))
         screen.stop_progress()
         screen.line("the end")
         reader.join(10)
-    for part in ("starting Ray", "step 1/2", "reward 0.50", "30 s left", "evaluating", "step 2/2", "accuracy 0.400"):
-        assert part in shown.decode()
+    text = shown.decode()
+    assert "starting Ray" in text and "evaluating" in text and "step 200/200" in text
+    line = next(line for line in text.splitlines() if "step 101/200" in line)
+    assert line.endswith("reward 0.50  mixed 75%  accuracy 0.400  49:30 left"), "all of it, in 80 columns"
     assert shown.rfind(b"\x1b[?25h") > shown.rfind(b"\x1b[?25l") >= 0
 
 
@@ -171,7 +188,7 @@ with Screen.capture(Path("log.txt")) as screen:
     print("python inside")
     print("stderr inside", file=sys.stderr)
     ctypes.CDLL(None).printf(b"C inside\\n")
-    subprocess.run(["sh", "-c", "echo child inside; echo child stderr >&2; ls /proc/self/fd | wc -l"])
+    subprocess.run(["sh", "-c", "echo child inside; echo child stderr >&2"])
     screen.line("for the person")
     if "fail" in sys.argv: raise RuntimeError("the reason")
 print("python after")
@@ -182,7 +199,11 @@ screen.restore()
 def run_noisy(tmp_path, *arguments):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     return subprocess.run(
-        [sys.executable, "-c", NOISY, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", NOISY, *arguments],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
 
 

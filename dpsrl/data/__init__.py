@@ -1,0 +1,1 @@
+"""Where prompts come from: files, the Hugging Face hub, the Countdown generator."""
