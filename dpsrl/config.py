@@ -220,6 +220,7 @@ def load_config(arguments: list[str], entry: str = "train") -> Config:
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             raw = compose(entry, overrides=arguments)
+            _drop_options_of_another_method(raw, arguments, set_keys, entry)
         if entry == "evaluate":
             _inherit_run_config(raw, set_keys)
         OmegaConf.resolve(raw)
@@ -234,6 +235,20 @@ def load_config(arguments: list[str], entry: str = "train") -> Config:
         raise UserError(_composition_sentence(error, arguments)) from error
     check(config, set_keys)
     return config
+
+
+def _drop_options_of_another_method(raw: Any, arguments: list[str], set_keys: set[str], entry: str) -> None:
+    """A selection method chosen on the command line comes with its own options, not with the recipe's for another."""
+    choice = next((text.removeprefix("selection=") for text in arguments if text.startswith("selection=")), None)
+    if choice is None:
+        return
+    of_recipe = compose(entry, overrides=[text for text in arguments if not text.startswith("selection=")]).selection
+    if of_recipe.method == raw.selection.method:
+        return
+    own = vars(SelectionConfig()) | OmegaConf.to_container(OmegaConf.load(config_dir() / f"selection/{choice}.yaml"))
+    for name, value in own.items():
+        if f"selection.{name}" not in set_keys:
+            raw.selection[name] = value
 
 
 def _inherit_run_config(raw: Any, set_keys: set[str]) -> None:

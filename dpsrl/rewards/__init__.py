@@ -1,4 +1,4 @@
-"""Rewards: what one response to one prompt is worth. Importing this needs the standard library and numpy alone."""
+"""Rewards: what one response to one prompt is worth. Importing this needs numpy and nothing heavier."""
 
 from dpsrl.rewards.scorer import Scorer
 from dpsrl.types import Score

@@ -18,7 +18,7 @@ _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)|\\boxed\s+(?=[^\s{])")
 _JOINED = re.compile(r"[\s$]*(?:,|;|,?\s*(?:and|or)\b)[\s$]*(?:[A-Za-z]\s*=[\s$]*)?", re.ASCII)
 _STATED = re.compile(r"(?i)\banswer(?:\s+is|\s*[:=])[\s:*]*")
 _LEAD_IN = re.compile(r"^.*(?:\b(?:is|are|equals|hence|thus|therefore|so)\b|[A-Za-z*]:)[\s,:*]*", re.I | re.S)
-_MATH_FIRST = re.compile(r"(\$[^$]+\$|\\\(.+?\\\))(?![\s$]*(?:,|;|and\b|or\b))")
+_MATH_FIRST = re.compile(r"(\$[^$]+\$|\\\(.+?\\\))(?!\s*(?:[,;]\s*(?:and|or)?|and|or)\s*[$\\\d-])")
 
 
 def final_answers(response: str) -> list[str]:

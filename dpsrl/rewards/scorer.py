@@ -1,7 +1,7 @@
 """Scores responses in processes that can be killed: a reward function may hang, crash or eat memory.
 
-Owns the worker processes and the deadline of each item. Knows nothing of what a reward means. A response whose
-reward could not be had is None, missing: never 0, which would say that the answer is wrong.
+Owns the worker processes and the deadline of each item. Knows nothing of what a reward means. A response
+whose reward could not be had is None, missing: never 0, which would say that the answer is wrong.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Scorer:
             self._workers = []
 
     def score(self, items: Sequence[tuple[str, Any]]) -> list[Score | None]:
-        """One Score or None for each (response, answer), in order; None: missing. Raises UserError after close."""
+        """One Score or None for each (response, answer), in order; None: missing. UserError after close."""
         with self._lock:
             if not self._workers:
                 raise UserError("this Scorer is closed; make a new one.")
@@ -90,7 +90,7 @@ class Scorer:
         for worker in list(self._workers):
             if not todo or not worker.ready or worker.pending:
                 continue
-            if worker.process.poll() is not None:  # it died while idle: no item is to blame
+            if worker.connection.poll():  # nothing is due: it died while idle, and no item is to blame
                 self._replace(worker)
                 continue
             size = max(1, min(MAX_CHUNK, len(todo) // (2 * len(self._workers))))
@@ -113,17 +113,17 @@ class Scorer:
                 while worker.connection.poll():
                     self._take(worker, worker.connection.recv(), results)
             except (EOFError, OSError):
-                code = worker.kill()
-                self._lose(worker, CRASH, f"its process ended (exit code {code})", todo)
+                self._lose(worker, CRASH, f"its process ended (exit code {worker.kill()})", todo)
                 continue
-            if (worker.pending or not worker.ready) and time.monotonic() > worker.clock + self._limit_s(worker):
+            busy = worker.pending or not worker.ready
+            if busy and time.monotonic() > worker.clock + self._limit_s(worker):
                 self._lose(worker, TIMEOUT, f"it took over {self._limit_s(worker):g} s", todo)
 
     def _limit_s(self, worker: _Worker) -> float:
         return self.deadline_s if worker.ready else START_DEADLINE_S
 
     def _take(self, worker: _Worker, message: tuple[Any, ...], results: list[Score | None]) -> None:
-        """One message of a worker: it has started, or its current item is done and the next one's clock runs."""
+        """One message: the worker has started, or its current item is done and the next one's clock runs."""
         kind, *content = message
         worker.clock = time.monotonic()
         if kind == FAILED:
@@ -138,7 +138,7 @@ class Scorer:
             self._count_missing(kind, content[0])
 
     def _lose(self, worker: _Worker, reason: str, why: str, todo: deque[int]) -> None:
-        """Replace a worker that overran or died. Its current item is missing, what it had not begun goes back."""
+        """Replace a worker that overran or died. Its current item is missing; those not begun go back."""
         if worker.ready:
             if worker.pending:
                 worker.pending.popleft()
@@ -149,8 +149,8 @@ class Scorer:
             self._num_start_failures += 1
             if self._num_start_failures >= MAX_START_FAILURES:
                 raise UserError(
-                    f"scoring processes for reward.fn={self.fn} do not start ({why}, {self._num_start_failures} "
-                    f"times in a row); see their messages above, and check memory and limits on processes."
+                    f"no scoring process for reward.fn={self.fn} could start ({why}, "
+                    f"{self._num_start_failures} times in a row); see what they wrote above, check memory."
                 )
         self._replace(worker)
 
@@ -165,18 +165,18 @@ class Scorer:
 
 
 def _check_function(fn: str) -> None:
-    """UserError unless `fn` can be loaded. A person's function is imported here; the built-in ones are heavy."""
+    """UserError unless `fn` can be loaded. The built-in ones are not imported here: math brings sympy."""
     if fn not in BUILT_IN:
         load_function(fn)
     elif fn == "math" and find_spec("math_verify") is None:
-        raise UserError("reward.fn=math needs math-verify, which is not installed; pip install math-verify==0.9.0.")
+        raise UserError("reward.fn=math needs math-verify, which is not installed; pip install math-verify.")
 
 
 class _Worker:
     """A process with the parent's ends of its two pipes.
 
-    `pending`: indices it was given and has not answered, the current one first; `clock`: when that one, or the
-    process itself, was begun (monotonic seconds).
+    `pending`: indices it was given and has not answered, the current one first; `clock`: when that one, or
+    the process itself, was begun (monotonic seconds).
     """
 
     def __init__(self, fn: str, deadline_s: float) -> None:
@@ -196,12 +196,9 @@ class _Worker:
             )  # fmt: skip
 
     def kill(self) -> int:
-        """End the process and its children now; its exit code. May be called twice."""
-        if self.process.poll() is None or self.process.stdin is not None and not self.process.stdin.closed:
-            try:
-                os.killpg(self.process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+        """End the process and all it started; its exit code. May be called twice."""
+        if self.process.returncode is None:  # not yet waited for, so its id is still its own
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.stdin.close()
         self.connection.close()
         return self.process.wait()
@@ -211,11 +208,13 @@ def _worker_env() -> dict[str, str]:
     """This process's environment and module search path; one thread for numpy's linear algebra."""
     root = str(Path(__file__).resolve().parents[2])
     path = list(dict.fromkeys(os.path.abspath(entry) for entry in [*sys.path, root]))
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    return {**os.environ, **threads, "PYTHONPATH": os.pathsep.join(path)}
 
 
 def _limit_blocking(connection: Connection, seconds: float) -> None:
     """A send that a stopped worker does not take fails after that long, instead of blocking for ever."""
-    whole, fraction = divmod(seconds, 1)
+    microseconds = max(1, round(seconds * 1e6))
+    timeval = struct.pack("ll", microseconds // 1_000_000, microseconds % 1_000_000)
     with socket.socket(fileno=os.dup(connection.fileno())) as end:
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(whole), int(fraction * 1e6)))
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)

@@ -1,7 +1,7 @@
 """One scoring process: loads the reward function, then answers each item with one message, in order.
 
 Owns its own end of the pipe, its memory limit and how it dies. Knows no deadline: it may be stuck in any
-item, and the parent kills it. Started by `dpsrl.rewards.scorer` as a fresh interpreter, never forked and never
+item, and the parent kills it. Started by `dpsrl.rewards.scorer` as a fresh interpreter, never forked and not
 through `multiprocessing`, so that it imports neither the parent's main module nor torch.
 """
 
@@ -37,26 +37,27 @@ RewardFunction = Callable[[str, Any], Any]
 
 
 def load_function(name: str) -> RewardFunction:
-    """The reward function called "math", "countdown" or "my_module:function", found from the working directory too.
+    """The reward function called "math", "countdown" or "my_module:function"; the working directory counts.
 
     Raises UserError where there is none of that name, or it does not take (response, answer).
     """
     module_name, colon, function_name = BUILT_IN.get(name, name).partition(":")
-    if not colon or not module_name or not function_name:
-        raise UserError(f"reward.fn is {name!r}, must be one of {', '.join(BUILT_IN)} or my_module:function.")
+    if not colon or not all(part.isidentifier() for part in [*module_name.split("."), function_name]):
+        raise UserError(f"reward.fn={name} must be one of {', '.join(BUILT_IN)} or my_module:function.")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     importlib.invalidate_caches()
     try:
         module = importlib.import_module(module_name)
     except (ImportError, SyntaxError) as error:
-        reason = _one_line(error)
-        raise UserError(f"reward.fn is {name!r}, but importing {module_name} failed ({reason}); mend it.") from error
+        raise UserError(
+            f"reward.fn={name} could not be imported ({_one_line(error)}); check the name and that module."
+        ) from error
     function = vars(module).get(function_name)
     if not callable(function):
-        raise UserError(f"reward.fn is {name!r}, but {module_name} has no function {function_name}; check the name.")
+        raise UserError(f"reward.fn={name}: {module_name} has no function {function_name}; check the name.")
     if not _takes_two(function):
-        raise UserError(f"reward.fn is {name!r}, which must take two arguments, (response, answer); change it.")
+        raise UserError(f"reward.fn={name} must take two arguments, (response, answer); change the function.")
     return function
 
 
@@ -71,7 +72,7 @@ def _takes_two(function: RewardFunction) -> bool:
 
 
 def as_score(result: Any) -> Score | None:
-    """What a reward function returned, as a Score: a Score, a bool or a finite number; None for anything else.
+    """What a reward function returned as a Score; None unless it is a Score, a bool or a finite number.
 
     A plain number is correct from 1.0 on.
     """

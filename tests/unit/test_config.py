@@ -36,6 +36,14 @@ def test_the_command_line_beats_the_recipe_and_the_recipe_beats_the_defaults():
     assert mine.selection.decay == 0.7  # what was not replaced is still the recipe's
 
 
+def test_another_method_does_not_inherit_the_recipes_options():
+    assert load_config(["+recipe=quickstart"]).selection.decay is not None
+    assert load_config(["+recipe=quickstart", "selection=dps"]) == load_config(["+recipe=quickstart"])
+    assert load_config(["+recipe=quickstart", "selection=uniform"]).selection.decay is None
+    # What the person sets stays, so that it can be refused where it has no effect.
+    assert load_config(["+recipe=quickstart", "selection=uniform", "selection.decay=0.1"]).selection.decay == 0.1
+
+
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
