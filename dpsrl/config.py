@@ -389,7 +389,8 @@ _EFFECTS: list[tuple[str, Callable[[Config], bool], str]] = [
      "no benchmark in eval.benchmarks is read from a folder"),
     ("data.split", lambda c: c.data.train != "countdown" and not Path(c.data.train).suffix,
      "data.train is not a Hugging Face dataset"),
-    ("eval.", lambda c: bool(c.eval.benchmarks), "eval.benchmarks is empty"),
+    *((f"eval.{name}", lambda c: bool(c.eval.benchmarks), "eval.benchmarks is empty")
+      for name in ("every", "num_rollouts", "temperature")),
     ("checkpoint.keep", lambda c: c.checkpoint.every > 0, "checkpoint.every=0 writes only the last one"),
     ("rollout.kv_cache_gib", lambda c: c.cluster.device == "cpu", "cluster.device is not cpu"),
     ("rollout.tensor_parallel", lambda c: c.cluster.device == "gpu", "cluster.device is cpu"),

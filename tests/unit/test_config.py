@@ -90,6 +90,11 @@ def test_a_key_set_without_effect_is_refused(argument):
     assert argument.split("=")[0] in message and "no effect" in message
 
 
+def test_evaluation_can_be_turned_off():
+    assert load_config(["+recipe=quickstart", "eval.benchmarks=[]"]).eval.benchmarks == []
+    assert "no effect" in refusal("+recipe=quickstart", "eval.benchmarks=[]", "eval.temperature=1.0")
+
+
 def test_a_run_without_a_recipe_names_the_recipes():
     message = refusal("train.steps=3")
     assert "+recipe=" in message and "quickstart" in message

@@ -1,0 +1,98 @@
+"""Bad input ends in one sentence and exit code 2, before a folder is made or an actor is started."""
+
+import json
+import shutil
+
+import pytest
+from dpsrl import evaluate, train
+from dpsrl.config import PACKAGE_DIR
+
+TINY = PACKAGE_DIR / "assets/tiny"
+
+
+@pytest.fixture
+def refuse(tmp_path, capsys, monkeypatch):
+    """Runs the entry with bad arguments; the sentence it ends with."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+    def run(*arguments, entry=train):
+        assert entry.main(list(arguments)) == 2
+        captured = capsys.readouterr()
+        assert captured.out == "" and captured.err.count("\n") == 1, captured
+        assert not (tmp_path / "runs").exists()
+        return captured.err
+
+    return run
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"problem": f"What is {i}+{i}?", "answer": str(2 * i)}) for i in range(9)))
+    return path
+
+
+MATH = ["+recipe=math", "cluster=cpu", "model=tiny", "eval.benchmarks=[]"]
+
+
+def test_keys(refuse):
+    assert "'train.step'" in refuse("+recipe=quickstart", "train.step=3")
+    assert "train.steps=many" in refuse("+recipe=quickstart", "train.steps=many")
+    assert "selection.decay=1.5" in refuse("+recipe=quickstart", "selection.decay=1.5")
+    assert "decay" in refuse("+recipe=quickstart", "selection=uniform", "selection.decay=0.5")
+    assert "local" in refuse("+recipe=quickstart", "selection.prior_alpha=local")
+
+
+def test_data(refuse, tmp_path, rows):
+    assert "nowhere.jsonl" in refuse(*MATH, "data.train=nowhere.jsonl")
+    (tmp_path / "empty.jsonl").touch()
+    assert "empty.jsonl is empty" in refuse(*MATH, "data.train=empty.jsonl")
+    assert "model.max_prompt_tokens=5" in refuse(*MATH, f"data.train={rows}", "model.max_prompt_tokens=5")
+    message = refuse(*MATH, f"data.train={rows}", "train.batch=10", "train.num_updates=1")
+    assert "train.batch=10" in message and "9 prompts" in message
+    assert "data.answer_key=solution" in refuse(*MATH, f"data.train={rows}", "data.answer_key=solution")
+
+
+def test_benchmarks(refuse, rows):
+    with_benchmark = [*MATH[:3], f"data.train={rows}", "train.batch=8", f"data.eval_dir={rows.parent}"]
+    message = refuse(*with_benchmark, "eval.benchmarks=[aime24]")
+    assert "aime24" in message and "rows" in message
+    assert "countdownx" in refuse("+recipe=quickstart", "eval.benchmarks=[countdownx]")
+
+
+def test_model(refuse, tmp_path):
+    assert "model.path=./nowhere does not exist" in refuse("+recipe=quickstart", "model.path=./nowhere")
+    shutil.copytree(TINY, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    assert "no weights" in refuse("+recipe=quickstart", "model.path=model")
+
+
+def test_reward_function(refuse):
+    assert "my_rewards" in refuse("+recipe=quickstart", "reward.fn=my_rewards:score")
+
+
+def test_run_folder(refuse, tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/metrics.jsonl").touch()
+    assert "run.dir=old is occupied" in refuse("+recipe=quickstart", "run.dir=old")
+
+
+def test_resources(refuse):
+    message = refuse("+recipe=math")
+    for words in ("needs 8 GPUs", "has 0", "cluster=cpu model=tiny"):
+        assert words in message
+
+
+def test_evaluation(refuse):
+    assert "eval.benchmarks" in refuse(f"model.path={TINY}", entry=evaluate)
+    assert "model.path" in refuse("eval.benchmarks=[countdown]", entry=evaluate)
+    assert "no_such" in refuse(f"model.path={TINY}", "eval.benchmarks=[no_such]", entry=evaluate)
+
+
+def test_dry_run_prints_the_plan_and_starts_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["+recipe=quickstart", "dry_run=true", "trainer.num_workers=2"]) == 0
+    printed = capsys.readouterr().out
+    for words in ("2,000 prompts", "256 sequences", "128 per trainer rank", "1 engine and 2 trainer ranks"):
+        assert words in printed
+    assert list(tmp_path.iterdir()) == []
