@@ -59,6 +59,15 @@ def paper_prompt(numbers: Sequence[int], target: int) -> str:
 
 PROMPT_FORMATS = {"short": short_prompt, "paper": paper_prompt}
 
+# What the tiny model was made for, as arguments of `generate`: mostly sums and differences, some products.
+TINY_TASK: dict[str, Any] = {
+    "numbers": (3, 4),
+    "max_number": 20,
+    "max_target": 100,
+    "operators": "++++----*",
+    "prompt_format": "short",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class _Term:
@@ -90,11 +99,14 @@ def _combine(left: _Term, right: _Term, operator: str) -> _Term | None:
     return _Term(value, f"{_inside(left, 1)}/{_inside(right, 2)}", 1) if remainder == 0 else None
 
 
-def random_expression(numbers: Sequence[int], rng: random.Random, operators: str = OPERATORS) -> tuple[str, int]:
+def random_expression(
+    numbers: Sequence[int], rng: random.Random, operators: str = OPERATORS
+) -> tuple[str, int]:
     """(expression, value): each number once, every intermediate value a positive integer.
 
     Two subexpressions at a time are joined by a random operator until one is left, so all shapes of
-    tree occur. A draw that gives zero, a negative number or a fraction is drawn again; + never fails.
+    tree occur. A draw that gives zero, a negative number or a fraction is drawn again; + never fails and
+    must be among `operators`, which are drawn evenly: "+++-" gives three in four sums.
     Operands of + and * stay in the order of `numbers`: 3+5, never 5+3.
     """
     terms = [_Term(number, str(number), 2) for number in numbers]
@@ -111,7 +123,12 @@ def random_expression(numbers: Sequence[int], rng: random.Random, operators: str
 
 
 def draw_instance(
-    numbers: Sequence[int], rng: random.Random, *, max_number: int, max_target: int, operators: str = OPERATORS
+    numbers: Sequence[int],
+    rng: random.Random,
+    *,
+    max_number: int,
+    max_target: int,
+    operators: str = OPERATORS,
 ) -> Instance | None:
     """One instance of either split, or None where the expression drawn exceeds `max_target`.
 
@@ -141,13 +158,14 @@ def generate(
     The paper's range is numbers to 99 and targets to 100; the tiny model's is numbers to 20.
     Raises UserError for values out of range and for more rows than the ranges hold.
     """
-    _check(num_prompts, numbers, max_number, max_target, split, prompt_format)
+    _check(num_prompts, numbers, max_number, max_target, operators, split, prompt_format)
     rng = random.Random(seed)
+    ranges = {"max_number": max_number, "max_target": max_target, "operators": operators}
     rows: list[dict[str, Any]] = []
     seen: set[tuple[int, ...]] = set()
     idle_draws = 0
     while len(rows) < num_prompts:
-        instance = draw_instance(numbers, rng, max_number=max_number, max_target=max_target, operators=operators)
+        instance = draw_instance(numbers, rng, **ranges)
         if instance is None or instance.split != split or instance.key in seen:
             idle_draws += 1
             if idle_draws == GIVE_UP_DRAWS:
@@ -166,7 +184,13 @@ def generate(
 
 
 def _check(
-    num_prompts: int, numbers: Sequence[int], max_number: int, max_target: int, split: str, prompt_format: str
+    num_prompts: int,
+    numbers: Sequence[int],
+    max_number: int,
+    max_target: int,
+    operators: str,
+    split: str,
+    prompt_format: str,
 ) -> None:
     """Raises UserError for the first argument out of range."""
     if num_prompts < 1:
@@ -177,6 +201,10 @@ def _check(
         raise UserError(f"max_number is {max_number}, must be at least 1: give for example 99.")
     if max_target < 1:
         raise UserError(f"max_target is {max_target}, must be at least 1: give for example 100.")
+    if "+" not in operators or set(operators) - set(OPERATORS):
+        raise UserError(
+            f"operators is {operators!r}, must hold + and only {OPERATORS}: repeat one to draw it more often."
+        )
     if split not in SPLITS:
         raise UserError(f"split is {split!r}, must be one of {', '.join(SPLITS)}: choose one of them.")
     if prompt_format not in PROMPT_FORMATS:

@@ -1,4 +1,4 @@
-"""Rows of a data set from a local file or the Hugging Face hub, and a report of what was wrong with the others.
+"""Rows of a data set from a local file or the Hugging Face hub, and a report of what was wrong with others.
 
 One strict reader of our own for JSON lines: a row that is not usable is dropped with its number and the
 reason, and never shifts or retypes its neighbours. Knows nothing of tokens.
@@ -7,6 +7,11 @@ reason, and never shifts or retypes its neighbours. Knows nothing of tokens.
 from __future__ import annotations
 
 import json
+import math
+import re
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +21,9 @@ from dpsrl.types import UserError
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 SHOWN_ROWS = 5
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(?::[\w.-]+)?")  # owner/name or owner/name:configuration
+FILE_SUFFIX = re.compile(r"\.(?:csv|tsv|txt|arrow|xlsx?|ya?ml|pkl|gz|bz2|xz|zip|zst|jsonl?|parquet)$", re.I)
+HUB_ANSWERS_WITHIN_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +31,7 @@ class Row:
     """One usable item: `Row("What is 1+1?", "2", 17)`."""
 
     problem: str
-    answer: Any  # str, list of accepted str, or what a reward function of one's own expects
+    answer: Any  # str, list of accepted str, or the mapping that a reward function of one's own expects
     number: int  # of the row in its source, from 1
 
 
@@ -44,9 +52,17 @@ class LoadReport:
         return self.num_rows - sum(map(len, self.dropped.values()))
 
     def sentences(self) -> list[str]:
-        """`math.jsonl: 7,474 rows, 2 without an answer (rows 887, 1010); 7,472 prompts kept`, then the remarks."""
+        """`math.jsonl: 74 rows, 2 without an answer (rows 8, 10); 72 prompts kept`, then the remarks."""
         faults = [f"{len(numbers):,} {reason} ({_rows(numbers)})" for reason, numbers in self.dropped.items()]
-        return [f"{', '.join([f'{self.name}: {self.num_rows:,} rows', *faults])}; {self.num_kept:,} prompts kept", *self.remarks]
+        read = f"{self.name}: {_count(self.num_rows, 'row')}"
+        remarks = self.remarks[:SHOWN_ROWS]
+        if len(self.remarks) > SHOWN_ROWS:
+            remarks.append(f"{self.name}: {len(self.remarks) - SHOWN_ROWS:,} more remarks like these")
+        return [f"{', '.join([read, *faults])}; {_count(self.num_kept, 'prompt')} kept", *remarks]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _rows(numbers: list[int]) -> str:
@@ -57,14 +73,15 @@ def _rows(numbers: list[int]) -> str:
 def load_rows(
     source: str, *, prompt_key: str = "problem", answer_key: str = "answer", split: str = "train"
 ) -> tuple[list[Row], LoadReport]:
-    """Usable rows of a .jsonl, .json or .parquet file, or of a Hugging Face data set (`owner/name`).
+    """Usable rows of a .jsonl, .json or .parquet file, or of a Hugging Face data set.
 
-    UserError where the source is missing, empty, of another kind, or has no usable row.
+    The latter is `owner/name` or `owner/name:configuration`, and `split` is its split. UserError where the
+    source is missing, empty, of another kind, or has no usable row.
     """
     path = Path(source)
     report = LoadReport(path.name if path.suffix in SUFFIXES else source)
     rows, columns = [], set()
-    for number, item in _items(source, split, report):
+    for number, item in _items(source, split):
         report.num_rows += 1
         if isinstance(item, str):
             report.drop(item, number)
@@ -79,7 +96,8 @@ def load_rows(
         raise UserError(f"{source} is empty: give a data set with at least one row")
     for name, column in (("data.prompt_key", prompt_key), ("data.answer_key", answer_key)):
         if columns and column not in columns:
-            raise UserError(f"{name}={column} is not a column of {source}, which has {', '.join(sorted(columns))}: set {name}")
+            has = ", ".join(sorted(columns))
+            raise UserError(f"{name}={column} is not a column of {source}, which has {has}: set {name}")
     if not rows:
         raise UserError(f"{source} has no usable row: {report.sentences()[0]}")
     return rows, report
@@ -90,25 +108,38 @@ def _row(item: dict[str, Any], number: int, prompt_key: str, answer_key: str) ->
     problem, answer = item.get(prompt_key), item.get(answer_key)
     if not isinstance(problem, str) or not problem.strip():
         return "without a problem text"
-    if answer is None:
-        return "without an answer"
-    if isinstance(answer, bool | int | float):
-        answer = str(answer)
-    if isinstance(answer, str) and not answer.strip():
-        return "with an empty answer"
-    if isinstance(answer, list):
-        answer = [str(accepted) for accepted in answer if accepted is not None and str(accepted).strip()]
-        if not answer:
+    answers = answer if isinstance(answer, list) else [answer]
+    if any(_has_lone_surrogate(text) for text in [problem, *answers]):
+        return "not Unicode text"
+    if not isinstance(answer, dict):
+        if _is_missing(answer):
+            return "without an answer"
+        if any(isinstance(item, bool) or not isinstance(item, str | int | float | None) for item in answers):
+            return "with an answer that is neither text nor a number"
+        texts = [str(item) for item in answers if not _is_missing(item)]
+        texts = [text for text in texts if text.strip()]
+        if not texts:
             return "with an empty answer"
+        answer = texts if isinstance(answer, list) else texts[0]
     return Row(problem, answer, number)
 
 
-def _items(source: str, split: str, report: LoadReport) -> Iterator[tuple[int, dict[str, Any] | str]]:
+def _is_missing(value: Any) -> bool:
+    return value is None or isinstance(value, float) and not math.isfinite(value)
+
+
+def _has_lone_surrogate(text: Any) -> bool:
+    """JSON can spell half of a surrogate pair; no tokenizer takes it."""
+    return isinstance(text, str) and re.search("[\ud800-\udfff]", text) is not None
+
+
+def _items(source: str, split: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """(row number from 1, the row's columns or the reason why it could not be read)."""
     path = Path(source)
     if path.suffix not in SUFFIXES:
-        if path.exists() or source.count("/") != 1 or source.startswith((".", "/")):
-            raise UserError(f"{source} is no data set: give a {', '.join(SUFFIXES)} file or a Hugging Face name (owner/name)")
+        if path.exists() or FILE_SUFFIX.search(source) or not HUB_NAME.fullmatch(source):
+            kinds = ", ".join(SUFFIXES)
+            raise UserError(f"{source} is no data set: give a {kinds} file or a Hugging Face owner/name")
         yield from enumerate(_hub_rows(source, split), 1)
     elif not path.is_file():
         raise UserError(f"{source} does not exist: give the path of a data file")
@@ -123,12 +154,12 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            try:
-                item = json.loads(line.decode("utf-8"))
+            try:  # some editors begin a file with a byte-order mark
+                item = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError:
                 yield number, "not UTF-8"
                 continue
-            except (json.JSONDecodeError, RecursionError):
+            except (ValueError, RecursionError):  # also a number of thousands of digits
                 yield number, "not JSON"
                 continue
             yield number, item if isinstance(item, dict) else "not a JSON object"
@@ -136,11 +167,14 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 def _json_list(path: Path) -> list[dict[str, Any] | str]:
     try:
-        items = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON ({error}): mend it, or give one object per line in a .jsonl file") from error
+        items = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        reason = _first_line(error)
+        raise UserError(
+            f"{path} is not JSON ({reason}): mend it, or name it .jsonl if it has one object a line"
+        ) from error
     if not isinstance(items, list):
-        raise UserError(f"{path} holds no list of objects: give a list, or one object per line in a .jsonl file")
+        raise UserError(f"{path} holds no list of objects: give one, or one object a line in a .jsonl file")
     return [item if isinstance(item, dict) else "not a JSON object" for item in items]
 
 
@@ -149,32 +183,60 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path} is not a Parquet file ({error}): give a whole one") from error
-    for batch in file.iter_batches():
-        yield from batch.to_pylist()
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a Parquet file ({_first_line(error)}): give a whole one") from error
 
 
-def _hub_rows(name: str, split: str) -> Iterator[dict[str, Any]]:
-    import datasets
-
+def _hub_rows(source: str, split: str) -> Iterator[dict[str, Any]]:
     try:
-        yield from datasets.load_dataset(name, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"{name} could not be read from the Hugging Face hub ({first}): go online, or give a local file") from error
+        import datasets
+    except ModuleNotFoundError as error:
+        raise UserError(f"{source} needs the package datasets: install it, or give a local file") from error
+    name, _, configuration = source.partition(":")
+    if not _hub_answers(datasets.config.HF_ENDPOINT):
+        datasets.config.HF_HUB_OFFLINE = True  # straight to its cache, instead of five retries over 23 s
+    try:
+        rows = datasets.load_dataset(name, configuration or None, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = _first_line(error)
+        raise UserError(
+            f"{source} (split {split}) could not be read from the Hugging Face hub ({reason}): "
+            "check the name, go online, or give a local file"
+        ) from error
+    yield from rows
+
+
+def _hub_answers(endpoint: str) -> bool:
+    """Whether the hub can be connected to. Taken for granted behind a proxy, which alone would know."""
+    url = urllib.parse.urlsplit(endpoint)
+    if urllib.request.getproxies():
+        return True
+    try:
+        socket.create_connection((url.hostname, url.port or 443), timeout=HUB_ANSWERS_WITHIN_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def find_benchmark(name: str, eval_dir: str) -> str:
     """The file of a benchmark in `eval_dir`, or `name` itself where it is a Hugging Face name."""
-    if "/" in name:
+    if HUB_NAME.fullmatch(name):
         return name
     for suffix in SUFFIXES:
         path = Path(eval_dir) / f"{name}{suffix}"
         if path.is_file():
             return str(path)
     folder = Path(eval_dir or ".")
-    known = sorted({path.stem for path in folder.glob("*") if path.suffix in SUFFIXES}) if folder.is_dir() else []
+    known = sorted({path.stem for path in folder.glob("*") if path.suffix in SUFFIXES})
     has = f"which has {', '.join(known)}" if known else "which has no data file"
-    raise UserError(f"benchmark {name} is not in data.eval_dir={eval_dir or '.'}, {has}: set data.eval_dir or eval.benchmarks")
+    raise UserError(
+        f"benchmark {name} is not in data.eval_dir={eval_dir or '.'}, {has}: "
+        "set data.eval_dir or eval.benchmarks"
+    )

@@ -101,6 +101,8 @@ def test_rows_survive_json():
         ({"numbers": (3, 9)}, r"numbers is \(3, 9\)"),
         ({"max_number": 0}, "max_number is 0"),
         ({"max_target": 0}, "max_target is 0"),
+        ({"operators": "-*"}, r"operators is .-\*."),
+        ({"operators": "+^"}, r"operators is .\+\^."),
         ({"split": "dev"}, "split is 'dev'"),
         ({"prompt_format": "long"}, "prompt_format is 'long'"),
     ],

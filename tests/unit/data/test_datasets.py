@@ -5,47 +5,88 @@ import json
 import pyarrow
 import pyarrow.parquet
 import pytest
+
 from dpsrl.data.datasets import Row, find_benchmark, load_rows
 from dpsrl.types import UserError
 
-GOOD = [{"problem": "1+1?", "answer": "2"}, {"problem": "2+2?", "answer": ["4", "four"]}, {"problem": "3+4?", "answer": 7}]
+GOOD = [
+    {"problem": "1+1?", "answer": "2"},
+    {"problem": "2+2?", "answer": ["4", "four"]},
+    {"problem": "3+4?", "answer": 7},
+]
 ROWS = [Row("1+1?", "2", 1), Row("2+2?", ["4", "four"], 2), Row("3+4?", "7", 3)]
 
 
 def write_lines(path, items):
-    path.write_bytes(b"\n".join(item if isinstance(item, bytes) else json.dumps(item).encode() for item in items))
+    lines = [item if isinstance(item, bytes) else json.dumps(item).encode() for item in items]
+    path.write_bytes(b"\n".join(lines))
     return str(path)
 
 
 def test_json_lines_json_and_parquet_give_the_same_rows(tmp_path):
     lines = write_lines(tmp_path / "a.jsonl", GOOD)
     (tmp_path / "a.json").write_text(json.dumps(GOOD))
-    same_type = [{"problem": g["problem"], "answer": g["answer"] if isinstance(g["answer"], list) else [str(g["answer"])]} for g in GOOD]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(same_type), tmp_path / "a.parquet")
+    one_type = [{"problem": row.problem, "answer": list(row.answer)} for row in ROWS]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(one_type), tmp_path / "a.parquet")
     assert load_rows(lines)[0] == load_rows(str(tmp_path / "a.json"))[0] == ROWS
     parquet = load_rows(str(tmp_path / "a.parquet"))[0]
-    assert [(row.problem, row.answer) for row in parquet] == [("1+1?", ["2"]), ("2+2?", ["4", "four"]), ("3+4?", ["7"])]
+    expected = [("1+1?", ["2"]), ("2+2?", ["4", "four"]), ("3+4?", ["7"])]
+    assert [(row.problem, row.answer) for row in parquet] == expected
+
+
+DIRT = [
+    (b'{"problem": "cut', "not JSON"),
+    (b"[" * 100_000, "not JSON"),
+    (b'{"problem": "long", "answer": ' + b"9" * 5000 + b"}", "not JSON"),
+    (b"\xff\xfe{}", "not UTF-8"),
+    (b"[1, 2]", "not a JSON object"),
+    ({"answer": "1"}, "without a problem text"),
+    ({"problem": " ", "answer": "1"}, "without a problem text"),
+    ({"problem": 3, "answer": "1"}, "without a problem text"),
+    (b'{"problem": "half \\ud800", "answer": "1"}', "not Unicode text"),
+    ({"problem": "a?", "answer": None}, "without an answer"),
+    ({"problem": "b?"}, "without an answer"),
+    (b'{"problem": "c?", "answer": NaN}', "without an answer"),
+    ({"problem": "d?", "answer": " \n"}, "with an empty answer"),
+    ({"problem": "e?", "answer": []}, "with an empty answer"),
+    ({"problem": "f?", "answer": [None, ""]}, "with an empty answer"),
+    ({"problem": "g?", "answer": True}, "with an answer that is neither text nor a number"),
+    ({"problem": "h?", "answer": [["1"]]}, "with an answer that is neither text nor a number"),
+]
 
 
 def test_dirt_is_dropped_by_row_and_reason(tmp_path):
-    dirt = [
-        b'{"problem": "cut', b"\xff\xfe{}", b"[1, 2]", {"answer": "1"}, {"problem": " ", "answer": "1"},
-        {"problem": "a?", "answer": None}, {"problem": "b?"}, {"problem": "c?", "answer": " "}, {"problem": "d?", "answer": []},
-        b"", b"[" * 100_000,
-    ]  # fmt: skip
-    rows, report = load_rows(write_lines(tmp_path / "dirt.jsonl", [GOOD[0], *dirt]))
-    assert rows == [ROWS[0]]
-    assert report.dropped == {
-        "not JSON": [2, 12],
-        "not UTF-8": [3],
-        "not a JSON object": [4],
-        "without a problem text": [5, 6],
-        "without an answer": [7, 8],
-        "with an empty answer": [9, 10],
-    }
-    (sentence,) = report.sentences()
-    assert sentence.startswith("dirt.jsonl: 11 rows, 2 not JSON (rows 2, 12)") and sentence.endswith("1 prompts kept")
-    assert report.num_kept == 1
+    items = [GOOD[0], b"", *(item for item, _ in DIRT), GOOD[1]]
+    rows, report = load_rows(write_lines(tmp_path / "dirt.jsonl", items))
+    assert rows == [ROWS[0], Row(ROWS[1].problem, ROWS[1].answer, len(items))]  # line numbers of the file
+    expected = {}
+    for number, (_, reason) in enumerate(DIRT, 3):
+        expected.setdefault(reason, []).append(number)
+    assert report.dropped == expected
+    assert (report.num_rows, report.num_kept) == (len(items) - 1, 2)
+
+
+def test_the_sentence_counts_by_reason_and_shows_the_first_rows(tmp_path):
+    items = [GOOD[0], *[b"nonsense"] * 7, {"problem": "a?", "answer": None}]
+    _, report = load_rows(write_lines(tmp_path / "dirt.jsonl", items))
+    assert report.sentences() == [
+        "dirt.jsonl: 9 rows, 7 not JSON (rows 2, 3, 4, 5, 6, ...), 1 without an answer (row 9); 1 prompt kept"
+    ]
+    report.remarks = [f"remark {number}" for number in range(1007)]
+    assert len(report.sentences()) == 1 + 5 + 1 and "1,002 more" in report.sentences()[-1]
+
+
+def test_answers_keep_their_spelling(tmp_path):
+    answers = ["007", "144.0", "9.6\n", 7, 0.1, -2, ["1", 2, None, "x"], {"numbers": [3, 5], "target": 15}]
+    items = [{"problem": f"{number}?", "answer": answer} for number, answer in enumerate(answers)]
+    rows, _ = load_rows(write_lines(tmp_path / "a.jsonl", items))
+    kept = ["007", "144.0", "9.6\n", "7", "0.1", "-2", ["1", "2", "x"], {"numbers": [3, 5], "target": 15}]
+    assert [row.answer for row in rows] == kept
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"problem": "1+1?", "answer": "2"}\r\n\r\n')
+    assert load_rows(str(tmp_path / "a.jsonl"))[0] == [ROWS[0]]
 
 
 def test_other_columns_are_named(tmp_path):
@@ -74,6 +115,35 @@ def test_an_unusable_source_is_one_sentence(tmp_path, name, content, words):
     with pytest.raises(UserError, match=words) as error:
         load_rows(str(tmp_path / name))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["data/none.csv", "none.txt", "/tmp/none", "./none", "none", "a/b/c", ""])
+def test_what_is_no_hub_name_is_not_asked_for(name, monkeypatch):
+    monkeypatch.setattr("dpsrl.data.datasets._hub_rows", lambda *_: pytest.fail("asked the hub"))
+    with pytest.raises(UserError, match="is no data set"):
+        load_rows(name)
+
+
+def test_hub_rows_go_through_the_same_reader(monkeypatch):
+    asked = []
+
+    def load_dataset(name, configuration, split):
+        asked.append((name, configuration, split))
+        return [*GOOD, {"problem": "a?", "answer": None}]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("dpsrl.data.datasets._hub_answers", lambda endpoint: True)
+    rows, report = load_rows("owner/name.v1:main", split="test")
+    assert rows == ROWS and asked == [("owner/name.v1", "main", "test")]
+    assert report.sentences()[0].startswith("owner/name.v1:main: 4 rows, 1 without an answer (row 4)")
+
+
+def test_without_a_network_the_hub_is_one_sentence_at_once(monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("dpsrl.data.datasets._hub_answers", lambda endpoint: False)
+    with pytest.raises(UserError, match=r"no-such-owner/no-such-set \(split train\) could not") as error:
+        load_rows("no-such-owner/no-such-set")
+    assert "\n" not in str(error.value) and "go online" in str(error.value)
 
 
 def test_benchmarks_are_found_by_stem(tmp_path):

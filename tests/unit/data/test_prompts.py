@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from dpsrl.config import PACKAGE_DIR
 from dpsrl.data.build import load_tokenizer
 from dpsrl.data.datasets import LoadReport, Row
@@ -14,10 +15,10 @@ def tokenizer():
     return load_tokenizer(str(PACKAGE_DIR / "assets/tiny"))
 
 
-def build(tokenizer, texts, answers=None, limit=100, instruction="{problem}"):
+def build(tokenizer, texts, answers=None, limit=100, instruction="{problem}", is_scorable=None):
     answers = answers or ["0"] * len(texts)
-    rows = [Row(text, answer, number) for number, (text, answer) in enumerate(zip(texts, answers, strict=True), 1)]
-    return PromptSet(rows, LoadReport("rows", len(rows)), tokenizer, instruction, limit)
+    rows = [Row(text, answer, number) for number, (text, answer) in enumerate(zip(texts, answers), 1)]
+    return PromptSet(rows, LoadReport("rows", len(rows)), tokenizer, instruction, limit, is_scorable)
 
 
 def test_a_prompt_is_the_instruction_under_the_chat_template(tokenizer):
@@ -54,3 +55,42 @@ def test_the_limit_is_exact(tokenizer):
     assert prompts.report.dropped == {f"longer than {length} tokens": [2, 4]}
     with pytest.raises(UserError, match="every prompt is longer than model.max_prompt_tokens=3"):
         build(tokenizer, texts, limit=3)
+
+
+def test_only_texts_that_may_be_too_long_are_tokenized(tokenizer):
+    class Counting:
+        chat_template = tokenizer.chat_template
+        num_calls = 0
+
+        def apply_chat_template(self, *args, **kwargs):
+            self.num_calls += 1
+            return tokenizer.apply_chat_template(*args, **kwargs)
+
+    counting = Counting()
+    prompts = build(counting, ["a" * length for length in range(1, 200)], limit=10_000)
+    assert (len(prompts), counting.num_calls) == (199, 1)  # the template alone
+    assert prompts[-1].index == 198 and counting.num_calls == 2
+
+
+def test_without_a_chat_template_the_text_is_the_prompt(tokenizer):
+    class Plain:
+        chat_template = None
+        __call__ = staticmethod(tokenizer)
+
+    assert build(Plain(), ["a?"])[0].token_ids.tolist() == tokenizer("a?")["input_ids"]
+
+
+def test_answers_that_cannot_be_scored_are_dropped(tokenizer):
+    prompts = build(tokenizer, ["a?", "b?"], ["$$", "3"], is_scorable=lambda answer: answer != "$$")
+    assert [prompt.text for prompt in prompts] == ["b?"]
+    assert prompts.report.dropped == {"with an answer that no response can match": [1]}
+    with pytest.raises(UserError, match="no row can be used: rows: 1 row, 1 with an answer that no response"):
+        build(tokenizer, ["a?"], is_scorable=lambda answer: False)
+
+
+def test_mappings_and_lists_are_answers_too(tokenizer):
+    answers = [{"numbers": [3, 5], "target": 15}, ["4", "four"]]
+    prompts = build(tokenizer, ["a?", "b?"], answers)
+    assert [prompt.answer for prompt in prompts] == answers
+    reordered = [{"target": 15, "numbers": [3, 5]}, ["4", "four"]]
+    assert build(tokenizer, ["a?", "b?"], reordered).content_hash == prompts.content_hash
