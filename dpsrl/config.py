@@ -57,6 +57,7 @@ class CountdownConfig:
     numbers: list[int] = key([3, 4], "how many numbers a prompt has, in equal shares")
     max_number: int = key(99, "largest number given", ge=4)
     max_target: int = key(100, "largest target", ge=1)
+    operators: str = key("+-*/", "drawn evenly to make a target; one written twice comes twice as often")
     format: str = key("paper", "wording of the prompt", choices=("paper", "short"))
 
 

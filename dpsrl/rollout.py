@@ -132,7 +132,12 @@ def _rollout(sample) -> Rollout:
 def _device_options(config: Config) -> dict:
     """LLM arguments that differ between a CPU and a GPU engine."""
     if config.cluster.device == "cpu":
-        return {"enforce_eager": True, "kv_cache_memory_bytes": config.rollout.kv_cache_gib << 30}
+        return {
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": config.rollout.kv_cache_gib << 30,
+            # vLLM takes back what a chunked prompt drew from a request's generator; a CPU generator cannot.
+            "enable_chunked_prefill": False,
+        }
     options = {
         "enforce_eager": config.rollout.enforce_eager,
         "gpu_memory_utilization": config.rollout.gpu_memory_share,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from dpsrl.config import Config
 from dpsrl.data import countdown
 from dpsrl.data.datasets import LoadReport, Row, find_benchmark, load_rows
 from dpsrl.data.prompts import PromptSet
+from dpsrl.rewards.answers import is_scorable
 from dpsrl.types import UserError
 
 
@@ -30,7 +32,12 @@ def training_prompts(config: Config, tokenizer: Any) -> PromptSet:
     if data.train == "countdown":
         return _countdown(config, tokenizer, data.countdown.numbers, data.countdown.num_train, "train")
     rows, report = load_rows(data.train, prompt_key=data.prompt_key, answer_key=data.answer_key, split=data.split)
-    return PromptSet(rows, report, tokenizer, data.instruction, config.model.max_prompt_tokens)
+    return PromptSet(rows, report, tokenizer, data.instruction, config.model.max_prompt_tokens, _is_scorable(config))
+
+
+def _is_scorable(config: Config) -> Callable[[Any], bool] | None:
+    """What tells a reference answer that no response could match; only the math reward can."""
+    return is_scorable if config.reward.fn == "math" else None
 
 
 def benchmark_prompts(name: str, config: Config, tokenizer: Any) -> PromptSet:
@@ -41,7 +48,7 @@ def benchmark_prompts(name: str, config: Config, tokenizer: Any) -> PromptSet:
         return _countdown(config, tokenizer, numbers, data.countdown.num_test, "test")
     source = find_benchmark(name, data.eval_dir)
     rows, report = load_rows(source, prompt_key=data.prompt_key, answer_key=data.answer_key, split="test")
-    return PromptSet(rows, report, tokenizer, data.instruction, config.model.max_prompt_tokens)
+    return PromptSet(rows, report, tokenizer, data.instruction, config.model.max_prompt_tokens, _is_scorable(config))
 
 
 def _count_of(name: str) -> int:
@@ -55,7 +62,8 @@ def _countdown(config: Config, tokenizer: Any, numbers: list[int], num_prompts: 
     settings = config.data.countdown
     generated = countdown.generate(
         num_prompts, numbers, config.seed,
-        max_number=settings.max_number, max_target=settings.max_target, split=split, prompt_format=settings.format,
+        max_number=settings.max_number, max_target=settings.max_target, operators=settings.operators,
+        split=split, prompt_format=settings.format,
     )  # fmt: skip
     rows = [Row(row["problem"], row["answer"], number) for number, row in enumerate(generated, 1)]
     report = LoadReport(f"countdown {split}", len(rows))
