@@ -61,7 +61,9 @@ class RunFolder:
 
     def list_checkpoints(self) -> list[Path]:
         """Finished checkpoints, oldest first."""
-        folders = [path.parent for path in self.checkpoints.glob("step_*/manifest.json") if path.parent.suffix != ".tmp"]
+        folders = [
+            path.parent for path in self.checkpoints.glob("step_*/manifest.json") if path.parent.suffix != ".tmp"
+        ]
         return sorted(folders, key=lambda path: int(path.name.removeprefix("step_")))
 
 
@@ -88,8 +90,14 @@ def check_model_folder(path: str) -> None:
     folder = Path(path)
     if not folder.exists():
         if folder.is_absolute() or path.startswith(".") or path.count("/") != 1:
-            raise UserError(f"model.path={path} does not exist: give a model folder or a Hugging Face name (owner/name)")
+            raise UserError(
+                f"model.path={path} does not exist: give a model folder or a Hugging Face name (owner/name)"
+            )
         return
-    for pattern, what in (("config.json", "config.json"), ("tokenizer*.json", "tokenizer"), ("*.safetensors", "weights (.safetensors)")):
+    for pattern, what in (
+        ("config.json", "config.json"),
+        ("tokenizer*.json", "tokenizer"),
+        ("*.safetensors", "weights (.safetensors)"),
+    ):
         if not any(folder.glob(pattern)):
             raise UserError(f"model.path={path} has no {what}: give the folder of a complete model")

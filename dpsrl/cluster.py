@@ -65,7 +65,7 @@ def check_resources(plan: Plan, num_gpus: int, where: str = "this machine") -> N
         fewer = "set rollout.num_workers and trainer.num_workers so that they fit, " if num_gpus > 1 else ""
         raise UserError(
             f"this run needs {plan.gpus} GPUs ({plan.words}) and {where} has {num_gpus}: {fewer}"
-            "set cluster.address to a Ray cluster that has them, or try the recipe without GPUs by cluster=cpu model=tiny"
+            "set cluster.address to a Ray cluster that has them, or try the recipe without GPUs: cluster=cpu model=tiny"
         )
 
 
@@ -86,6 +86,8 @@ class Cluster:
         self.placement: PlacementGroup | None = None
         self.plan = resource_plan(config, with_trainer)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray's default of 15 lets any other program on a laptop take the cores that two threads wait for each other on.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         num_actors = self.plan.num_engines + self.plan.num_ranks + 1
         local = {"num_cpus": max(os.cpu_count() or 1, num_actors), "include_dashboard": False} if self.local else {}
         ray.init(address=config.cluster.address or "local", log_to_driver=False, logging_level="ERROR", **local)
@@ -120,7 +122,9 @@ class Cluster:
             try:
                 results.append(ray.get(call, timeout=self.config.run.stall_s))
             except ray.exceptions.GetTimeoutError:
-                raise StallError(f"{name} did not {what} within {self.config.run.stall_s:.0f} s; {self._log(name)}") from None
+                raise StallError(
+                    f"{name} did not {what} within {self.config.run.stall_s:.0f} s; {self._log(name)}"
+                ) from None
             except ray.exceptions.ActorDiedError as error:
                 raise StallError(f"{name} died while it should {what}; {self._log(name)}") from error
         return results

@@ -142,7 +142,9 @@ class TrainConfig:
 @dataclass
 class EvalConfig:
     every: int = key(0, "steps between evaluations; 0: only before and after", ge=0)
-    benchmarks: list[str] = key([], "'countdown', 'countdown3', 'countdown4', a file's stem in data.eval_dir, or owner/name")
+    benchmarks: list[str] = key(
+        [], "'countdown', 'countdown3', 'countdown4', a file's stem in data.eval_dir, or owner/name"
+    )
     num_rollouts: int = key(16, "samples per prompt: the K of avg@K", ge=1)
     temperature: float = key(0.6, "sampling temperature", ge=0)
 
@@ -167,7 +169,11 @@ class WeightSyncConfig:
 @dataclass
 class ClusterConfig:
     device: str = key("gpu", "what engines and trainers run on", choices=("gpu", "cpu"))
-    placement: str = key("split", "split: engines and trainers on GPUs of their own; colocate: shared", choices=("split", "colocate"))
+    placement: str = key(
+        "split",
+        "split: engines and trainers on GPUs of their own; colocate: shared",
+        choices=("split", "colocate"),
+    )
     address: str = key("", "address of a running Ray cluster; empty: start one here")
     cpus_per_worker: int = key(1, "CPU threads of each engine and trainer", ge=1)
 
@@ -369,7 +375,9 @@ def _check_together(config: Config) -> None:
             "equal shares: choose a divisor"
         )
     if "{problem}" not in config.data.instruction:
-        raise UserError(f"data.instruction={config.data.instruction!r} lacks {{problem}}, the place of the problem text")
+        raise UserError(
+            f"data.instruction={config.data.instruction!r} lacks {{problem}}, the place of the problem text"
+        )
     if not config.data.countdown.numbers or not all(2 <= count <= 6 for count in config.data.countdown.numbers):
         raise UserError(f"data.countdown.numbers={config.data.countdown.numbers} must list counts from 2 to 6")
     backend, device = config.weight_sync.backend, config.cluster.device

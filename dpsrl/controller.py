@@ -50,9 +50,7 @@ class Controller:
         admission: str = "all",
     ) -> None:
         if len(set(prompt_ids)) != len(prompt_ids):
-            raise ValueError(
-                f"prompt ids must be distinct; {len(prompt_ids) - len(set(prompt_ids))} are repeated."
-            )
+            raise ValueError(f"prompt ids must be distinct; {len(prompt_ids) - len(set(prompt_ids))} are repeated.")
         if not 1 <= batch <= len(prompt_ids):
             raise UserError(
                 f"train.batch is {batch}, but the data set has {len(prompt_ids)} prompts; "
@@ -66,9 +64,7 @@ class Controller:
         self._prompt_ids_sha256 = hashlib.sha256("\n".join(prompt_ids).encode()).hexdigest()
         self._last_state_N = np.full(len(prompt_ids), UNSEEN, dtype=np.int8)
         self._in_flight: dict[int, float] = {}  # index -> P(partial) when it was selected
-        self._came_back: dict[
-            int, tuple[Outcome, float]
-        ] = {}  # of the step under way, with the same prediction
+        self._came_back: dict[int, tuple[Outcome, float]] = {}  # of the step under way, with the same prediction
 
     @property
     def in_flight(self) -> list[tuple[int, float]]:
@@ -173,9 +169,7 @@ class Controller:
                 f"the controller's state belongs to other prompts (hash {saved_sha256[:12]}..., "
                 f"not {self._prompt_ids_sha256[:12]}...); resume with the data set of the saved run."
             )
-        selector_state = {
-            key.removeprefix("selector."): state[key] for key in needed if key.startswith("selector.")
-        }
+        selector_state = {key.removeprefix("selector."): state[key] for key in needed if key.startswith("selector.")}
         self.selector.load_state_dict(selector_state)
         self._last_state_N[:] = state["last_state"]
         self._in_flight = dict(

@@ -21,9 +21,9 @@ from dpsrl.config import Config, help_text, load_config
 from dpsrl.data.build import benchmark_prompts, load_tokenizer
 from dpsrl.data.prompts import PromptSet
 from dpsrl.groups import EVALUATION, GroupStream
-from dpsrl.screen import Screen
 from dpsrl.pools import RolloutPool, transfer_backend
 from dpsrl.rewards import Scorer
+from dpsrl.screen import Screen
 from dpsrl.types import Group, UserError
 
 NUM_RESAMPLES = 2000

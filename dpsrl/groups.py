@@ -28,7 +28,13 @@ class GroupStream:
     """Owns the seconds spent scoring, since scoring runs between the engines' answers."""
 
     def __init__(self, prompts: PromptSet, rollouts: RolloutPool, scorer: Scorer, tokenizer, seed: int) -> None:
-        self.prompts, self.rollouts, self.scorer, self.tokenizer, self.seed = prompts, rollouts, scorer, tokenizer, seed
+        self.prompts, self.rollouts, self.scorer, self.tokenizer, self.seed = (
+            prompts,
+            rollouts,
+            scorer,
+            tokenizer,
+            seed,
+        )
         self.score_s = 0.0
 
     def stream(
@@ -37,7 +43,13 @@ class GroupStream:
         """(group, its responses' texts), in the order in which the groups end."""
         asked = {index: self.prompts[index] for index in indices}
         requests = [
-            RolloutRequest(index, prompt.token_ids, num_rollouts, temperature, request_seed(self.seed, purpose, step, index))
+            RolloutRequest(
+                index,
+                prompt.token_ids,
+                num_rollouts,
+                temperature,
+                request_seed(self.seed, purpose, step, index),
+            )
             for index, prompt in asked.items()
         ]
         for request, rollouts, policy_version in self.rollouts.stream(requests):

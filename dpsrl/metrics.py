@@ -69,9 +69,7 @@ KEYS: dict[str, Key] = {
     "train/lr": Key("per update", "learning rate of the last update", "last"),
     "train/padding_share": Key("share", "padding among the tokens of the micro-batches"),
     "sync/policy_version": Key("syncs", "weights that the engines serve after the step", "last"),
-    "sync/canary_diff": Key(
-        "nats", "mean |trainer - engine| logprob of one fixed sequence after the sync", "last"
-    ),
+    "sync/canary_diff": Key("nats", "mean |trainer - engine| logprob of one fixed sequence after the sync", "last"),
     "time/start_s": Key("s", "from the start of the run to its first evaluation or step", "sum"),
     "time/step_s": Key("s", "the whole step, evaluation and checkpoint included", "sum"),
     "time/select_ms": Key("ms", "choosing prompts and learning from outcomes", "sum"),
@@ -118,9 +116,7 @@ class Metrics:
     never holds a step twice. Without it the file is begun anew.
     """
 
-    def __init__(
-        self, path: Path, sinks: Sequence[Callable[[Record], None]] = (), last_step: int = -1
-    ) -> None:
+    def __init__(self, path: Path, sinks: Sequence[Callable[[Record], None]] = (), last_step: int = -1) -> None:
         self._file = open_lines(path, last_step)
         self._sinks = sinks
         self._values: dict[str, list[float]] = {}
@@ -216,9 +212,7 @@ def open_lines(path: Path, last_step: int) -> Any:
     """The file, open for more lines, with nothing in it that is later than `last_step`."""
     kept = read_lines(path)[0] if last_step >= 0 and path.exists() else []
     partial = path.with_name(path.name + ".new")
-    partial.write_text(
-        "".join(json.dumps(r) + "\n" for r in kept if r["step"] <= last_step), encoding="utf-8"
-    )
+    partial.write_text("".join(json.dumps(r) + "\n" for r in kept if r["step"] <= last_step), encoding="utf-8")
     os.replace(partial, path)
     return path.open("a", encoding="utf-8")
 
@@ -294,9 +288,7 @@ class WandbSink:
     never the training. Its traceback goes to stderr, one sentence to `say`.
     """
 
-    def __init__(
-        self, run_dir: Path, project: str, config: Mapping[str, Any], say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, run_dir: Path, project: str, config: Mapping[str, Any], say: Callable[[str], None]) -> None:
         try:
             import wandb
         except ImportError:

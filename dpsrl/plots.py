@@ -149,9 +149,7 @@ def label_ends(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str) ->
 
 def reward(runs: Runs) -> Figure | None:
     """Reward and solve rate of the training rollouts; with several runs, the solve rate of each."""
-    figure, axes = new_figure(
-        "Training rollouts", "reward, share solved" if len(runs) == 1 else "share solved"
-    )
+    figure, axes = new_figure("Training rollouts", "reward, share solved" if len(runs) == 1 else "share solved")
     drawn = []
     for index, (name, records) in enumerate(runs.items()):
         color, dash = style_of(index)
@@ -182,9 +180,7 @@ def mixed(runs: Runs) -> Figure | None:
 def occupancy(records: Sequence[Record]) -> Figure | None:
     """Share of prompts last seen in each solving state, stacked."""
     keys = [f"selection/occupancy/{state}" for state in STATES]
-    rows = [
-        [r["step"], *(r[key] for key in keys)] for r in records if all(r.get(k) is not None for k in keys)
-    ]
+    rows = [[r["step"], *(r[key] for key in keys)] for r in records if all(r.get(k) is not None for k in keys)]
     if not rows:
         return None
     table = thin(np.array(rows, dtype=float))

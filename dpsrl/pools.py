@@ -200,7 +200,15 @@ class TrainerPool:
         if cluster.local and sys.platform == "linux":
             env["GLOO_SOCKET_IFNAME"] = "lo"
         self.ranks = [
-            cluster.start(TrainerWorker, f"trainer-{rank}", config, rank, threads, env=env, **cluster.gpu_options(rank, 1))
+            cluster.start(
+                TrainerWorker,
+                f"trainer-{rank}",
+                config,
+                rank,
+                threads,
+                env=env,
+                **cluster.gpu_options(rank, 1),
+            )
             for rank in range(num_ranks)
         ]
 

@@ -98,12 +98,8 @@ def render(runs: Sequence[Run]) -> str:
 
 def comparison(runs: Sequence[Run]) -> str:
     names = unique_names(runs)
-    head = "".join(
-        f"<th>{column}</th>" for column in ("run", "accuracy", "steps", "rollouts", "mixed", "time")
-    )
-    rows = "".join(
-        f"<tr>{comparison_cells(name, run.summary)}</tr>" for name, run in zip(names, runs, strict=True)
-    )
+    head = "".join(f"<th>{column}</th>" for column in ("run", "accuracy", "steps", "rollouts", "mixed", "time"))
+    rows = "".join(f"<tr>{comparison_cells(name, run.summary)}</tr>" for name, run in zip(names, runs, strict=True))
     figures = plots.figures({name: run.records for name, run in zip(names, runs, strict=True)})
     return f"<table class='wide'><tr>{head}</tr>{rows}</table>{figure_grid(figures)}"
 
@@ -125,9 +121,7 @@ def comparison_cells(name: str, summary: Mapping[str, Any]) -> str:
 def run_section(run: Run, alone: bool) -> str:
     notes = "".join(f"<p class='note'>{text(note)}</p>" for note in run.notes)
     figures = plots.figures({run.name: run.records})
-    cards = "".join(
-        f"<div><b>{text(value)}</b><span>{text(name)}</span></div>" for name, value in cards_of(run)
-    )
+    cards = "".join(f"<div><b>{text(value)}</b><span>{text(name)}</span></div>" for name, value in cards_of(run))
     return (
         ("" if alone else f"<h2>{text(run.name)}</h2>")
         + f"<p class='path'>{text(run.dir.resolve())}</p>{notes}<div class='cards'>{cards}</div>"
@@ -192,9 +186,7 @@ def metrics_table(records: Sequence[Record]) -> str:
 
 
 def format_value(value: Any) -> str:
-    return (
-        f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-    )
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def unique_names(runs: Sequence[Run]) -> list[str]:

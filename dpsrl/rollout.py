@@ -93,12 +93,11 @@ class RolloutWorker:
         from vllm import SamplingParams
 
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        (output,) = self.llm.generate(
-            {"prompt_token_ids": token_ids.tolist()}, params, use_tqdm=False
-        )
+        (output,) = self.llm.generate({"prompt_token_ids": token_ids.tolist()}, params, use_tqdm=False)
         rows = output.prompt_logprobs[1:]
         return np.array(
-            [row[int(token)].logprob for row, token in zip(rows, token_ids[1:], strict=True)], dtype=np.float32
+            [row[int(token)].logprob for row, token in zip(rows, token_ids[1:], strict=True)],
+            dtype=np.float32,
         )
 
     # --- weight updates: the four calls of vLLM's weight-transfer client ------------------------------

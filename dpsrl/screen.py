@@ -130,9 +130,7 @@ class Screen:
         if scores:
             when = f"step {record['step']}" if record["step"] else "before training"
             self._accuracy = f"accuracy {scores[0][1]:.3f}"
-            self.line(
-                f"{when}: " + ", ".join(f"{m['benchmark']} avg@{m['k']} {value:.3f}" for m, value in scores)
-            )
+            self.line(f"{when}: " + ", ".join(f"{m['benchmark']} avg@{m['k']} {value:.3f}" for m, value in scores))
         if record["step"] <= self._done_before:
             return
         self._done = record["step"]

@@ -229,7 +229,11 @@ def launch(config: Config, folder: RunFolder, tokenizer, prompts: PromptSet, sta
     folder.create()
     OmegaConf.save(OmegaConf.structured(config), folder.config)
     screen = stack.enter_context(Screen.capture(folder.logs / "driver.log"))
-    for line in [*prompts.report.sentences(), *batch_arithmetic(config, prompts), f"run folder {folder.path}"]:
+    for line in [
+        *prompts.report.sentences(),
+        *batch_arithmetic(config, prompts),
+        f"run folder {folder.path}",
+    ]:
         screen.line(line)
     screen.stage("starting the engines and the trainer")
     cluster = stack.enter_context(Cluster(config, folder.logs))
@@ -250,7 +254,18 @@ def launch(config: Config, folder: RunFolder, tokenizer, prompts: PromptSet, sta
     metrics, group_log = Metrics(folder.metrics, sinks), GroupLog(folder.groups)
     groups = GroupStream(prompts, rollouts, scorer, tokenizer, config.seed)
     return Run(
-        config, folder, screen, tokenizer, controller, groups, rollouts, trainers, weights, benchmarks, metrics, group_log
+        config,
+        folder,
+        screen,
+        tokenizer,
+        controller,
+        groups,
+        rollouts,
+        trainers,
+        weights,
+        benchmarks,
+        metrics,
+        group_log,
     )
 
 

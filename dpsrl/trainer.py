@@ -2,7 +2,7 @@
 
 What a step leaves out, and what would make that wrong: there is no critic, no reference model and no
 dropout; with one update per step the policy that sampled is the policy that is updated, so its logprobs
-need no pass of their own. With several updates they are computed once, before the first.
+need no pass of their own. With several, those of the later updates are computed once, before the first.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class TrainerWorker:
         )  # fmt: skip
         torch.set_num_threads(self.num_threads)
 
-        # Its CPU shared-memory collectives are compiled for a minute at the first start, for messages gloo carries well.
+        # Its CPU collectives are compiled for a minute at the first start, for messages that gloo carries well.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="gloo" if config.cluster.device == "cpu" else "nccl")
         torch.manual_seed(config.seed)
@@ -76,15 +76,16 @@ class TrainerWorker:
         The loss of an update is sum(token loss * weight), with weights that sum to one over all ranks, so
         it does not depend on how the update is split (`algo/packing.py`).
         """
-        several = len(updates) > 1
-        old = [[self._old_logprobs(micro) for micro in update] for update in updates] if several else None
+        # The first update meets the policy that its step began with: its old logprobs are its own.
+        first, *later = updates
+        old = [[None] * len(first), *([self._old_logprobs(micro) for micro in update] for update in later)]
         totals: dict[str, float] = {}
         for index, update in enumerate(updates):
             lr = lr_at(self.num_updates_done, self.config.trainer, self._total_updates())
             for group in self.engine.optimizer.param_groups:
                 group["lr"] = lr
-            for position, micro in enumerate(update):
-                self._backward(micro, old[index][position] if several else None, totals)
+            for micro, old_logprobs_BT in zip(update, old[index], strict=True):
+                self._backward(micro, old_logprobs_BT, totals)
             self.engine.step()
             self.num_updates_done += 1
             totals["grad_norm"] = totals.get("grad_norm", 0.0) + self._grad_norm() / self.world_size

@@ -104,7 +104,7 @@ class RolloutRequest:
 
 @dataclass(frozen=True, slots=True)
 class WeightMeta:
-    """Name, dtype and full shape of one parameter on the wire: `WeightMeta("lm_head.weight", "float32", (264, 192))`."""
+    """One parameter on the wire, with its full shape: `WeightMeta("lm_head.weight", "float32", (264, 192))`."""
 
     name: str
     dtype: str

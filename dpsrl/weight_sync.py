@@ -75,7 +75,7 @@ class WeightReceiver:
             meta = self.expected.get(name)
             if meta is None or tuple(shape) != meta.shape or name in self.received:
                 raise RuntimeError(
-                    f"weight sync: {name} of shape {tuple(shape)} is not in the model, of another shape there, or sent twice"
+                    f"weight sync: {name} {tuple(shape)} is not in the model, of another shape there, or sent twice"
                 )
         self.llm.update_weights({"update_info": update_info})
         self.received.update(update_info["names"])
@@ -86,7 +86,9 @@ class WeightReceiver:
             raise RuntimeError(f"weight sync: {len(missing)} tensors did not arrive, the first is {missing[0]}")
         self.llm.finish_weight_update(str(policy_version))
         if not self.llm.reset_prefix_cache():
-            raise RuntimeError("weight sync: the engine did not reset its prefix cache, so old weights would still speak")
+            raise RuntimeError(
+                "weight sync: the engine did not reset its prefix cache, so old weights would still speak"
+            )
         self.policy_version = policy_version
 
 
@@ -271,7 +273,11 @@ class SharedMemoryTrainerEngine(TrainerWeightTransferEngine[SharedMemoryTrainerI
 
     @classmethod
     def trainer_init(
-        cls, init_info: SharedMemoryTrainerInitInfo, *, client: VLLMWeightSyncClient, source: WeightSource | None = None
+        cls,
+        init_info: SharedMemoryTrainerInitInfo,
+        *,
+        client: VLLMWeightSyncClient,
+        source: WeightSource | None = None,
     ) -> Self:
         engine = cls(client=client, source=source, is_sender=init_info.is_sender)
         engine.bucket_bytes = init_info.bucket_bytes

@@ -129,9 +129,7 @@ def training_instances(rng: random.Random, sum_slips: float, other_slips: float)
             yield batch
 
 
-def to_tensors(
-    tokenizer: PreTrainedTokenizerFast, instances: list[Instance]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def to_tensors(tokenizer: PreTrainedTokenizerFast, instances: list[Instance]) -> tuple[torch.Tensor, torch.Tensor]:
     """(token_ids, labels), int64 (batch, longest), right-padded; labels are -100 outside the response."""
     rows = []
     for instance in instances:
@@ -162,9 +160,7 @@ def learning_rate(update: int, num_updates: int, peak: float) -> float:
     return peak * min(1.0, (update + 1) / WARMUP, max(0.03, (num_updates - update) / (0.4 * num_updates)))
 
 
-def train(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: random.Random, console: Console
-) -> None:
+def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: random.Random, console: Console) -> None:
     """All stages, in place: bf16 autocast forward, fp32 weights, gradients clipped at norm 1."""
     model.train()
     with progress_bar(console) as progress:
@@ -204,9 +200,7 @@ def count_solved(
         for chunk in progress.track(chunks, description="measuring"):
             prompts = {"input_ids": [encode_prompt(tokenizer, row["problem"]) for row in chunk]}
             inputs = tokenizer.pad(prompts, padding_side="left", return_tensors="pt")
-            output = model.generate(
-                **inputs, max_new_tokens=MAX_NEW_TOKENS, num_return_sequences=NUM_ROLLOUTS
-            )
+            output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, num_return_sequences=NUM_ROLLOUTS)
             responses = output[:, inputs["input_ids"].shape[1] :]
             texts = iter(tokenizer.batch_decode(responses, skip_special_tokens=True))
             for row in chunk:
@@ -286,9 +280,7 @@ def build(folder: Path, seed: int, console: Console) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("dpsrl/assets/tiny"), help="folder of the model")
     parser.add_argument("--seed", type=int, default=0, help="of the weights, the data and the measurement")
     parser.add_argument("--num-prompts", type=int, default=1000, help="test prompts to measure on")

@@ -189,6 +189,4 @@ def k3(log_ratio: Tensor) -> Tensor:
 
 def weighted_sums(metrics_BT: dict[str, Tensor], weights_BT: Tensor) -> dict[str, Tensor]:
     """The weighted sum of each metric, a detached scalar; additive over micro-batches and ranks."""
-    return {
-        name: (values.detach().to(weights_BT.dtype) * weights_BT).sum() for name, values in metrics_BT.items()
-    }
+    return {name: (values.detach().to(weights_BT.dtype) * weights_BT).sum() for name, values in metrics_BT.items()}

@@ -72,9 +72,7 @@ def lay_out(
     """
     assert num_ranks >= 1 and num_updates >= 1 and max_tokens >= 1
     if len(sequences) < num_updates:
-        raise ValueError(
-            f"{len(sequences)} sequences cannot be split into {num_updates} updates; lower the updates."
-        )
+        raise ValueError(f"{len(sequences)} sequences cannot be split into {num_updates} updates; lower the updates.")
     for sequence in sequences:
         check_sequence(sequence)
     bounds = np.linspace(0, len(sequences), num_updates + 1).round().astype(int)
@@ -104,9 +102,7 @@ def lay_out_update(
     by_rank = []
     for rows in balance(lengths, num_ranks):
         batches = cut(rows, lengths, max_tokens)
-        by_rank.append(
-            [join([sequences[i] for i in batch], weights[batch], pad_token_id) for batch in batches]
-        )
+        by_rank.append([join([sequences[i] for i in batch], weights[batch], pad_token_id) for batch in batches])
     most = max(len(micro_batches) for micro_batches in by_rank)
     return [micro + [dummy(pad_token_id) for _ in range(most - len(micro))] for micro in by_rank]
 
@@ -118,9 +114,7 @@ def loss_weights(sequences: list[Sequence], aggregation: str) -> np.ndarray:
     sequence_mean:  1 / (response length x sequences), all responses equal   (GRPO, arXiv 2402.03300, eq. 3)
     """
     if aggregation not in AGGREGATIONS:
-        raise ValueError(
-            f"loss aggregation {aggregation!r} is unknown; use one of: {', '.join(AGGREGATIONS)}."
-        )
+        raise ValueError(f"loss aggregation {aggregation!r} is unknown; use one of: {', '.join(AGGREGATIONS)}.")
     num_response_tokens = np.array([sequence.token_ids.size - sequence.prompt_len for sequence in sequences])
     if aggregation == "token_mean":
         return np.full(len(sequences), 1.0 / num_response_tokens.sum())
@@ -191,10 +185,6 @@ def check_sequence(sequence: Sequence) -> None:
             "it needs one of each."
         )
     if sequence.rollout_logprobs.size != num_response_tokens:
-        raise ValueError(
-            f"{sequence.rollout_logprobs.size} logprobs came with {num_response_tokens} response tokens."
-        )
+        raise ValueError(f"{sequence.rollout_logprobs.size} logprobs came with {num_response_tokens} response tokens.")
     if not np.isfinite(sequence.advantage):
-        raise ValueError(
-            f"a sequence has advantage {sequence.advantage}; leave rollouts without a reward out."
-        )
+        raise ValueError(f"a sequence has advantage {sequence.advantage}; leave rollouts without a reward out.")

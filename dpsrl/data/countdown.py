@@ -42,7 +42,7 @@ class Instance:
 
     @property
     def split(self) -> str:
-        """"train" or "test", from a hash of the key alone: disjoint whatever the seed, size or order."""
+        """ "train" or "test", from a hash of the key alone: disjoint whatever the seed, size or order."""
         digest = hashlib.sha256(" ".join(map(str, self.key)).encode()).digest()
         return "test" if int.from_bytes(digest[:8], "big") % TEST_SHARE == 0 else "train"
 
@@ -99,9 +99,7 @@ def _combine(left: _Term, right: _Term, operator: str) -> _Term | None:
     return _Term(value, f"{_inside(left, 1)}/{_inside(right, 2)}", 1) if remainder == 0 else None
 
 
-def random_expression(
-    numbers: Sequence[int], rng: random.Random, operators: str = OPERATORS
-) -> tuple[str, int]:
+def random_expression(numbers: Sequence[int], rng: random.Random, operators: str = OPERATORS) -> tuple[str, int]:
     """(expression, value): each number once, every intermediate value a positive integer.
 
     Two subexpressions at a time are joined by a random operator until one is left, so all shapes of

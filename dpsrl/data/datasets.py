@@ -237,6 +237,5 @@ def find_benchmark(name: str, eval_dir: str) -> str:
     known = sorted({path.stem for path in folder.glob("*") if path.suffix in SUFFIXES})
     has = f"which has {', '.join(known)}" if known else "which has no data file"
     raise UserError(
-        f"benchmark {name} is not in data.eval_dir={eval_dir or '.'}, {has}: "
-        "set data.eval_dir or eval.benchmarks"
+        f"benchmark {name} is not in data.eval_dir={eval_dir or '.'}, {has}: set data.eval_dir or eval.benchmarks"
     )

@@ -40,9 +40,7 @@ logging.getLogger("latex2sympy2_extended").setLevel(logging.CRITICAL)
 _LATEX = (LatexExtractionConfig(boxed_match_priority=0),)
 _RATIONAL = re.compile(r"([+-]?)(?:(\d{1,99})(\.\d{0,99})?|(\.\d{1,99})|\\frac\{(\d{1,99})\}\{(\d{1,99})\})")
 # "x=", "f(x)=", "m_{\max }=", "AB=", "\angle A B C_{1}="; not the "MR=" of an equation between two names.
-_NAMED = re.compile(
-    r"(?:\\angle\s*)?[A-Za-z](?:\s*[A-Z]){0,3}(?:_\{?[\w\\\s]+\}?)?(?:\([A-Za-z]\))?\s*=(?![\sA-Z]+$)"
-)
+_NAMED = re.compile(r"(?:\\angle\s*)?[A-Za-z](?:\s*[A-Z]){0,3}(?:_\{?[\w\\\s]+\}?)?(?:\([A-Za-z]\))?\s*=(?![\sA-Z]+$)")
 _BASED = re.compile(r"(-?(?=[A-Z]*\d)[\dA-Z]+)_\{?(\d+)\}?")
 _LETTER = re.compile(r"(?<!\\)\b[A-Za-z]")
 

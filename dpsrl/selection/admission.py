@@ -24,7 +24,5 @@ ADMISSIONS: dict[str, Admission] = {"all": admit_all}
 def build_admission(name: str) -> Admission:
     """The admission rule of that name."""
     if name not in ADMISSIONS:
-        raise UserError(
-            f"selection.admission is {name!r}, which is unknown; use one of: {', '.join(ADMISSIONS)}."
-        )
+        raise UserError(f"selection.admission is {name!r}, which is unknown; use one of: {', '.join(ADMISSIONS)}.")
     return ADMISSIONS[name]

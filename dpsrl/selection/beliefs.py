@@ -73,9 +73,7 @@ class DirichletHMM:
 
     def observe(self, ids_B: np.ndarray, num_solved_B: np.ndarray, num_rollouts_B: np.ndarray) -> None:
         state_B = hmm.observed_state(num_solved_B, num_rollouts_B)
-        hmm.dps_update(
-            self.alpha_SSN, self.posterior_SN, self.prior_SN, ids_B, state_B, self.alpha0_SS, self.decay
-        )
+        hmm.dps_update(self.alpha_SSN, self.posterior_SN, self.prior_SN, ids_B, state_B, self.alpha0_SS, self.decay)
 
     def arrays(self) -> dict[str, np.ndarray]:
         return {"alpha": self.alpha_SSN, "posterior": self.posterior_SN, "prior": self.prior_SN}
@@ -136,9 +134,7 @@ def initial_shares(prior_pi: str | Sequence[float]) -> np.ndarray:
             f"selection option 'prior_pi' is {prior_pi!r}; "
             f"use one of {', '.join(PI_PRESETS)}, or three shares that sum to 1."
         )
-    pi_S = as_floats(
-        "prior_pi", PI_PRESETS[prior_pi] if isinstance(prior_pi, str) else prior_pi, (hmm.NUM_STATES,)
-    )
+    pi_S = as_floats("prior_pi", PI_PRESETS[prior_pi] if isinstance(prior_pi, str) else prior_pi, (hmm.NUM_STATES,))
     if (pi_S < 0).any() or abs(pi_S.sum() - 1.0) > 1e-6:
         raise UserError(
             f"selection option 'prior_pi' is {prior_pi!r}; its three shares must be 0 or more and sum to 1."
@@ -154,7 +150,6 @@ def as_floats(name: str, value: object, shape: tuple[int, ...]) -> np.ndarray:
         array = None
     if array is None or array.shape != shape or not np.isfinite(array).all():
         raise UserError(
-            f"selection option '{name}' is {value!r}; "
-            f"it must be {' x '.join(map(str, shape))} finite numbers."
+            f"selection option '{name}' is {value!r}; it must be {' x '.join(map(str, shape))} finite numbers."
         )
     return array

@@ -29,9 +29,7 @@ class PartialScore:
 
     def __init__(self, *, entropy_weight: float = 0.0) -> None:
         if not is_number(entropy_weight) or not np.isfinite(entropy_weight):
-            raise UserError(
-                f"selection option 'entropy_weight' is {entropy_weight!r}; it must be a finite number."
-            )
+            raise UserError(f"selection option 'entropy_weight' is {entropy_weight!r}; it must be a finite number.")
         self.entropy_weight = float(entropy_weight)
 
     def __call__(self, belief: Belief, num_selected_N: np.ndarray) -> np.ndarray:

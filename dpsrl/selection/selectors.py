@@ -72,9 +72,7 @@ class Selector:
                 f"they have {ids_B.size}, {num_solved_B.size} and {num_rollouts_B.size} entries."
             )
         if np.unique(ids_B).size != ids_B.size:
-            raise ValueError(
-                "a prompt is observed twice in one step; join its rollouts into one group first."
-            )
+            raise ValueError("a prompt is observed twice in one step; join its rollouts into one group first.")
         bad = np.flatnonzero((num_solved_B < 0) | (num_solved_B > num_rollouts_B))
         if bad.size:
             row = bad[0]
@@ -190,9 +188,7 @@ def check_options(options: dict[str, Any], method: str, chosen: dict[str, str]) 
             raise UserError(f"selection option {name!r} is unknown; {nearest(name, known | PIECES.keys())}.")
         if name not in used:
             pieces = ", ".join(f"{piece} '{choice}'" for piece, choice in chosen.items())
-            raise UserError(
-                f"selection option '{name}' has no effect with method '{method}' ({pieces}); remove it."
-            )
+            raise UserError(f"selection option '{name}' has no effect with method '{method}' ({pieces}); remove it.")
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
@@ -217,9 +213,7 @@ def integers(values: Any, name: str) -> np.ndarray:
     """int64 (B,), or a ValueError: a float here is a rate where a count is due."""
     array = np.asarray(values)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise ValueError(
-            f"{name} must be a flat list of whole numbers, not {array.dtype} of shape {array.shape}."
-        )
+        raise ValueError(f"{name} must be a flat list of whole numbers, not {array.dtype} of shape {array.shape}.")
     return array.astype(np.int64)
 
 

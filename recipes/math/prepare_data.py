@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from datasets import load_dataset
+
 from dpsrl.rewards.answers import final_answers
 
 # file stem: (data set, configuration, split, problem column, answer column or None for the solution's box)

@@ -30,9 +30,13 @@ def test_a_checkpoint_is_a_hugging_face_folder(many_run):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     before = AutoModelForCausalLM.from_pretrained(many_run_model(many_run), dtype=torch.float32)
-    changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before.state_dict()[name])]
+    changed = [
+        name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before.state_dict()[name])
+    ]
     assert len(changed) == len(before.state_dict())  # AdamW moved every tensor
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": "3 5=8:"}], add_generation_prompt=True)["input_ids"]
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "3 5=8:"}], add_generation_prompt=True)[
+        "input_ids"
+    ]
     assert torch.isfinite(model(torch.tensor([ids])).logits).all()
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+
 from dpsrl.metrics import key_of
 
 PUBLIC_KEYS = {
@@ -27,7 +28,12 @@ def test_the_run_ends_well_and_leaves_the_whole_folder(finished):
     assert summary["policy_version"] == summary["steps"] == finished.lines("metrics.jsonl")[-1]["step"]
     assert summary["num_rollouts"] == summary["steps"] * 16 * 8
     assert set(summary["eval_first"]) == set(summary["eval_last"]) == {"countdown"}
-    for name in ("config.yaml", "groups.jsonl", "report.html", f"checkpoints/step_{summary['steps']}/manifest.json"):
+    for name in (
+        "config.yaml",
+        "groups.jsonl",
+        "report.html",
+        f"checkpoints/step_{summary['steps']}/manifest.json",
+    ):
         assert (finished.folder / name).is_file(), name
 
 
@@ -53,7 +59,9 @@ def test_every_group_is_logged_once(finished):
 
 def test_the_number_of_workers_changes_neither_selection_nor_samples(single_run, many_run):
     def outcomes(run, step):
-        return {g["prompt_id"]: (g["num_solved"], g["predicted"]) for g in run.lines("groups.jsonl") if g["step"] == step}
+        return {
+            g["prompt_id"]: (g["num_solved"], g["predicted"]) for g in run.lines("groups.jsonl") if g["step"] == step
+        }
 
     assert outcomes(single_run, 1) == outcomes(many_run, 1)
     single, many = single_run.lines("metrics.jsonl"), many_run.lines("metrics.jsonl")
@@ -63,7 +71,9 @@ def test_the_number_of_workers_changes_neither_selection_nor_samples(single_run,
 
 
 def test_library_chatter_goes_to_the_logs_and_not_to_the_screen(finished):
-    assert {"driver.log", "engine-0.log", "trainer-0.log"} <= {path.name for path in (finished.folder / "logs").iterdir()}
+    assert {"driver.log", "engine-0.log", "trainer-0.log"} <= {
+        path.name for path in (finished.folder / "logs").iterdir()
+    }
     for word in ("WARNING", "INFO", "DeepSpeed", "vllm"):
         assert word not in finished.output, finished.output
 
@@ -81,7 +91,12 @@ def descendants(pid: int) -> set[int]:
 
 
 def test_ctrl_c_ends_everything_that_was_started(tmp_path):
-    arguments = ["+recipe=quickstart", f"run.dir={tmp_path / 'run'}", "train.steps=1000", "eval.benchmarks=[]"]
+    arguments = [
+        "+recipe=quickstart",
+        f"run.dir={tmp_path / 'run'}",
+        "train.steps=1000",
+        "eval.benchmarks=[]",
+    ]
     process = subprocess.Popen(
         [sys.executable, "-m", "dpsrl.train", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,

@@ -1,4 +1,4 @@
-"""The wire between real trainers and real engines: agreement after a sync, and every fault that goes unheard in vLLM."""
+"""The wire between real trainers and real engines: agreement after a sync, and the faults vLLM is silent about."""
 
 import json
 from contextlib import contextmanager
@@ -6,13 +6,14 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
 from dpsrl.cluster import Cluster
 from dpsrl.config import load_config
 from dpsrl.data.build import load_tokenizer
 from dpsrl.pools import RolloutPool, TrainerPool, Weights, transfer_backend
 from dpsrl.trainer import TrainerWorker
 from dpsrl.types import RolloutRequest
-from transformers import AutoModelForCausalLM
 
 TOLERANCE = 0.01
 
@@ -106,7 +107,12 @@ def tied_model(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_tied_head_follows_its_embedding(tmp_path, monkeypatch, tied_model, dtype):
-    arguments = [f"model.path={tied_model}", f"model.dtype={dtype}", "trainer.num_workers=1", "rollout.num_workers=1"]
+    arguments = [
+        f"model.path={tied_model}",
+        f"model.dtype={dtype}",
+        "trainer.num_workers=1",
+        "rollout.num_workers=1",
+    ]
     with both_ends(tmp_path, monkeypatch, *arguments) as (trainers, _, weights):
         weights.verify_start()
         first_rank(trainers, "perturb", 0, 0.3)

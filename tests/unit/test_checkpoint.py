@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+
 from dpsrl.checkpoint import RunFolder, check_model_folder, read_state, sha256, write_state
 from dpsrl.types import UserError
 
@@ -62,7 +63,11 @@ def test_a_model_folder_is_checked_before_anything_loads_it(tmp_path):
     check_model_folder("owner/name")
     with pytest.raises(UserError, match="does not exist"):
         check_model_folder(str(tmp_path / "none"))
-    for name, missing in (("config.json", "tokenizer"), ("tokenizer.json", "weights"), ("model.safetensors", None)):
+    for name, missing in (
+        ("config.json", "tokenizer"),
+        ("tokenizer.json", "weights"),
+        ("model.safetensors", None),
+    ):
         (tmp_path / name).write_text("{}")
         if missing:
             with pytest.raises(UserError, match=missing):

@@ -1,6 +1,7 @@
 """The resource plan: what a run needs, and the sentence when it is not there."""
 
 import pytest
+
 from dpsrl.cluster import check_resources, num_local_gpus, resource_plan
 from dpsrl.config import load_config
 from dpsrl.types import UserError
@@ -21,7 +22,13 @@ def test_gpus_add_up():
 def test_a_shortfall_names_need_found_and_remedy():
     with pytest.raises(UserError) as error:
         check_resources(plan(), 2)
-    for words in ("8 GPUs", "4 engines and 4 trainer ranks", "has 2", "rollout.num_workers", "cluster=cpu model=tiny"):
+    for words in (
+        "8 GPUs",
+        "4 engines and 4 trainer ranks",
+        "has 2",
+        "rollout.num_workers",
+        "cluster=cpu model=tiny",
+    ):
         assert words in str(error.value)
     check_resources(plan(), 8)
 

@@ -1,7 +1,17 @@
 """What the schema accepts and the sentence it refuses the rest with."""
 
 import pytest
-from dpsrl.config import Config, check, config_dir, group_choices, help_text, load_config, schema_keys, value_of
+
+from dpsrl.config import (
+    Config,
+    check,
+    config_dir,
+    group_choices,
+    help_text,
+    load_config,
+    schema_keys,
+    value_of,
+)
 from dpsrl.types import UserError
 
 

@@ -73,9 +73,7 @@ def test_lost_and_unscored_groups_are_no_evidence():
     controller = build()
     selected = controller.select()
     lost, unscored, partial, mixed_of_two = (index for index, _ in selected)
-    admitted = controller.admit(
-        [Outcome(unscored, 0, 0), Outcome(partial, 1, 8), Outcome(mixed_of_two, 1, 2)]
-    )
+    admitted = controller.admit([Outcome(unscored, 0, 0), Outcome(partial, 1, 8), Outcome(mixed_of_two, 1, 2)])
     assert admitted == [False, True, True]
     metrics = controller.observe()
     assert (metrics["selection/num_lost"], metrics["selection/num_unscored"]) == (1, 1)

@@ -4,6 +4,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+
 from dpsrl.evaluate import mean_with_interval, pass_at
 
 

@@ -39,10 +39,7 @@ def test_a_low_module_loads_nothing_heavy(name):
 
 def test_selection_needs_numpy_alone():
     """So that it can be used inside other trainers."""
-    assert (
-        loaded_by("dpsrl.selection") & {"hydra", "omegaconf", "rich", "matplotlib", "scipy", "pyarrow"}
-        == set()
-    )
+    assert loaded_by("dpsrl.selection") & {"hydra", "omegaconf", "rich", "matplotlib", "scipy", "pyarrow"} == set()
 
 
 def test_every_excused_module_exists():

@@ -43,9 +43,7 @@ def test_every_key_reduces_in_a_known_way():
 def test_values_of_one_step_are_reduced_as_their_keys_say(tmp_path):
     record = Metrics(tmp_path / "metrics.jsonl")
     for solved, missing, rollouts in ((0.25, 1, 64), (0.5, 2, 128), (0.75, 0, 192)):
-        record.add(
-            {"rollout/solve_rate": solved, "rollout/num_missing": missing, "rollout/num_rollouts": rollouts}
-        )
+        record.add({"rollout/solve_rate": solved, "rollout/num_missing": missing, "rollout/num_rollouts": rollouts})
     expected = {
         "step": 1,
         "rollout/solve_rate": 0.5,
@@ -67,9 +65,7 @@ def test_each_line_is_on_disk_when_the_step_closes_and_sinks_get_it(tmp_path):
 
 def test_values_that_are_not_finite_are_null_and_numpy_becomes_plain(tmp_path):
     record = Metrics(tmp_path / "metrics.jsonl")
-    record.add(
-        {"train/loss": math.nan, "train/grad_norm": np.float32("inf"), "rollout/num_rollouts": np.int64(8)}
-    )
+    record.add({"train/loss": math.nan, "train/grad_norm": np.float32("inf"), "rollout/num_rollouts": np.int64(8)})
     record.add({"train/lr": np.float64(0.5)})
     record.close_step(1)
     line = (tmp_path / "metrics.jsonl").read_text()
@@ -199,9 +195,7 @@ def test_a_summary_is_written_whole(tmp_path):
 def fake_wandb(monkeypatch, log):
     """A module in wandb's place whose run calls `log`; returns what init was given."""
     given = {}
-    run = types.SimpleNamespace(
-        log=log, define_metric=lambda *a, **k: None, finish=lambda: given.update(finished=True)
-    )
+    run = types.SimpleNamespace(log=log, define_metric=lambda *a, **k: None, finish=lambda: given.update(finished=True))
     module = types.ModuleType("wandb")
     module.Settings = lambda **settings: settings
     module.init = lambda **options: given.update(options) or run

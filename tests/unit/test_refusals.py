@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+
 from dpsrl import evaluate, train
 from dpsrl.config import PACKAGE_DIR
 

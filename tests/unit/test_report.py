@@ -108,9 +108,7 @@ def test_a_summary_that_is_not_whole_is_made_again_from_the_metrics(tmp_path, te
 def test_a_run_killed_before_its_first_step(tmp_path):
     run_dir = make_run(tmp_path / "run", finished=False)
     for content in ("", None):
-        (run_dir / "metrics.jsonl").unlink() if content is None else (run_dir / "metrics.jsonl").write_text(
-            content
-        )
+        (run_dir / "metrics.jsonl").unlink() if content is None else (run_dir / "metrics.jsonl").write_text(content)
         page = Page(report.write_report(run_dir).read_text())
         assert "stopped before its first step ended" in page.text
 

@@ -1,6 +1,7 @@
 """The learning-rate schedule, by hand."""
 
 import pytest
+
 from dpsrl.config import TrainerConfig
 from dpsrl.trainer import lr_at
 

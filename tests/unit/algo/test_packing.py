@@ -10,9 +10,7 @@ from dpsrl.types import Sequence
 def sequence(prompt_len, response_len, advantage=1.0, first_token=1):
     num_tokens = prompt_len + response_len
     logprobs = -np.arange(1, response_len + 1, dtype=np.float32)
-    return Sequence(
-        np.arange(first_token, first_token + num_tokens, dtype=np.int32), prompt_len, logprobs, advantage
-    )
+    return Sequence(np.arange(first_token, first_token + num_tokens, dtype=np.int32), prompt_len, logprobs, advantage)
 
 
 def test_one_micro_batch_by_hand():
@@ -38,9 +36,7 @@ def test_sequence_mean_weights_by_hand():
 def test_updates_are_contiguous_and_ranks_short_of_work_get_dummies():
     sequences = [sequence(2, 3, advantage=float(i)) for i in range(5)]
     layout = lay_out(sequences, num_ranks=3, num_updates=2, max_tokens=5, pad_token_id=0)
-    seen = [
-        sorted(m.advantages_B[0] for rank in ranks for m in rank if m.num_loss_tokens) for ranks in layout
-    ]
+    seen = [sorted(m.advantages_B[0] for rank in ranks for m in rank if m.num_loss_tokens) for ranks in layout]
     assert seen == [[0.0, 1.0], [2.0, 3.0, 4.0]]
     [[_], [_], [dummy]] = layout[0]
     assert (dummy.num_loss_tokens, dummy.weights_BT.sum(), dummy.token_ids_BT.shape) == (0, 0.0, (1, 2))

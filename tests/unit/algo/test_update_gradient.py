@@ -41,9 +41,7 @@ def make_sequences(num_sequences: int) -> list[Sequence]:
     return sequences
 
 
-def reference_gradient(
-    model: TinyModel, old: TinyModel, sequences: list[Sequence], aggregation: str
-) -> torch.Tensor:
+def reference_gradient(model: TinyModel, old: TinyModel, sequences: list[Sequence], aggregation: str) -> torch.Tensor:
     """One sequence and one token at a time, as DAPO eq. 8 and GRPO eq. 3 are written, dual clip at 3."""
     total = torch.zeros((), dtype=torch.float64)
     num_tokens = sum(len(s.token_ids) - s.prompt_len for s in sequences)
@@ -70,12 +68,8 @@ def flat_gradient(loss: torch.Tensor, model: TinyModel) -> torch.Tensor:
 SEQUENCES = make_sequences(17)
 MODEL, OLD = TinyModel(1), TinyModel(1)
 with torch.no_grad():
-    OLD.head += 0.3 * torch.randn(
-        OLD.head.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64
-    )
-REFERENCE = {
-    kind: reference_gradient(MODEL, OLD, SEQUENCES, kind) for kind in ("token_mean", "sequence_mean")
-}
+    OLD.head += 0.3 * torch.randn(OLD.head.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+REFERENCE = {kind: reference_gradient(MODEL, OLD, SEQUENCES, kind) for kind in ("token_mean", "sequence_mean")}
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
@@ -99,9 +93,7 @@ def test_gradient_does_not_depend_on_the_layout(aggregation, max_tokens, num_ran
             correction_BT=rollout_correction(old_logprobs, torch.from_numpy(micro.rollout_logprobs_BT), mask),
         )
         total += flat_gradient(loss, MODEL)
-        clipped += sum(
-            metrics[name].item() for name in ("clip_low_share", "clip_high_share", "dual_clip_share")
-        )
+        clipped += sum(metrics[name].item() for name in ("clip_low_share", "clip_high_share", "dual_clip_share"))
     assert 0.1 < clipped < 0.9  # both branches are in play
     torch.testing.assert_close(total, REFERENCE[aggregation], rtol=1e-10, atol=1e-12)
     assert REFERENCE[aggregation].abs().max() > 1e-3

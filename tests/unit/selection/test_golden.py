@@ -46,9 +46,7 @@ def test_closed_loop(loop: dict) -> None:
         ids = selector.select(loop["batch"], exclude=[row for row in range(5) if row not in candidates])
         assert set(ids) <= set(candidates)
         np.testing.assert_allclose(score[ids], score[published], rtol=0, atol=TOLERANCE)
-        if (
-            rivals.size == 0 or score[published].min() > rivals[-1] + TOLERANCE
-        ):  # else a tie: any of the tied will do
+        if rivals.size == 0 or score[published].min() > rivals[-1] + TOLERANCE:  # else a tie: any of the tied will do
             assert set(ids) == set(published)
             if abs(np.diff(score[published])).min() > TOLERANCE:
                 assert ids.tolist() == published

@@ -29,9 +29,7 @@ class ScalarPrompt:
         for i in range(3):
             for j in range(3):
                 learned = 0.0 if state is None else xi[i][j] / total
-                self.alpha[i][j] = (
-                    self.decay * self.alpha[i][j] + (1 - self.decay) * self.alpha0[i][j] + learned
-                )
+                self.alpha[i][j] = self.decay * self.alpha[i][j] + (1 - self.decay) * self.alpha0[i][j] + learned
         raw = [sum(self.transition(i, j) * new[j] for j in range(3)) for i in range(3)]
         self.next = [value / sum(raw) for value in raw]
         self.post = new
@@ -55,9 +53,7 @@ decays = st.one_of(st.sampled_from([0.0, 0.5, 0.7, 1.0]), st.floats(0, 1))
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    histories, decays, st.sampled_from(POSITIVE_PRESETS), st.sampled_from(["uniform", "unsolved", "solved"])
-)
+@given(histories, decays, st.sampled_from(POSITIVE_PRESETS), st.sampled_from(["uniform", "unsolved", "solved"]))
 def test_equals_the_scalar_model(history, decay, alpha, pi):
     shares = {"uniform": [1 / 3] * 3, "unsolved": [1.0, 0.0, 0.0], "solved": [0.0, 0.0, 1.0]}[pi]
     belief = DirichletHMM(len(history[0]), decay=decay, prior_alpha=alpha, prior_pi=pi)

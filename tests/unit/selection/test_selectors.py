@@ -190,9 +190,7 @@ def test_refused_options(method, options, sentence):
     assert str(error.value).endswith((".", "'"))
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("num_prompts", 0), ("num_rollouts", 1), ("seed", -1), ("seed", 0.5)]
-)
+@pytest.mark.parametrize(("name", "value"), [("num_prompts", 0), ("num_rollouts", 1), ("seed", -1), ("seed", 0.5)])
 def test_refused_counts(name, value):
     with pytest.raises(UserError, match=f"selection {name} is {value}"):
         build_selector("dps", **({"num_prompts": 4, "num_rollouts": 8, "seed": 0} | {name: value}))
