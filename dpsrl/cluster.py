@@ -102,11 +102,13 @@ class Cluster:
             ray.kill(actor)
         ray.shutdown()
 
-    def start(self, cls: type, name: str, *args: Any, env: dict[str, str] | None = None, **options: Any) -> Any:
-        """An actor of `cls`, its output in logs/<name>.log. Options are Ray's."""
+    def start(
+        self, cls: type, name: str, *args: Any, env: dict[str, str], options: dict[str, Any], **kwargs: Any
+    ) -> Any:
+        """An actor of `cls(*args, **kwargs)`, its output in logs/<name>.log. `options` are Ray's."""
         actor_cls = ray.remote(_logged(cls, str(self.log_dir / f"{name}.log")))
-        env_vars = {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"} | (env or {})
-        actor = actor_cls.options(runtime_env={"env_vars": env_vars}, **options).remote(*args)
+        env_vars = {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"} | env
+        actor = actor_cls.options(runtime_env={"env_vars": env_vars}, **options).remote(*args, **kwargs)
         self.actors[actor] = name
         return actor
 
@@ -157,13 +159,13 @@ def _logged(cls: type, path: str) -> type:
     """`cls` with its process's output in a file, whatever library writes it."""
 
     class Logged(cls):
-        def __init__(self, *args: Any) -> None:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             os.dup2(file, 1)
             os.dup2(file, 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-            super().__init__(*args)
+            super().__init__(*args, **kwargs)
 
         def node_address(self) -> str:
             return ray.util.get_node_ip_address()

@@ -7,7 +7,7 @@ that import Ray.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class ControllerHandle:
 
     def __init__(self, cluster: Cluster, **arguments: Any) -> None:
         self.cluster = cluster
-        self.actor = cluster.start(_KeywordController, "controller", arguments, num_cpus=0)
+        self.actor = cluster.start(Controller, "controller", env={}, options={"num_cpus": 0}, **arguments)
 
     def _call(self, method: Any, *args: Any) -> Any:
         return self.cluster.get({self.actor: method.remote(*args)}, "answer")[0]
@@ -61,11 +61,6 @@ class ControllerHandle:
         return self._call(self.actor.state_dict)
 
 
-class _KeywordController(Controller):
-    def __init__(self, arguments: dict[str, Any]) -> None:
-        super().__init__(**arguments)
-
-
 class RolloutPool:
     """Every engine. A stream of finished requests, in the order they finish."""
 
@@ -84,7 +79,7 @@ class RolloutPool:
             "OMP_NUM_THREADS": threads,
         }
         options = self.cluster.gpu_options(index, self.config.rollout.tensor_parallel)
-        return self.cluster.start(RolloutWorker, f"engine-{index}", self.config, self.backend, env=env, **options)
+        return self.cluster.start(RolloutWorker, f"engine-{index}", self.config, self.backend, env=env, options=options)
 
     def _all(self, what: str, method: str, *args: Any) -> list[Any]:
         calls = {engine: getattr(engine, method).remote(*args) for engine in self.engines}
@@ -207,7 +202,7 @@ class TrainerPool:
                 rank,
                 threads,
                 env=env,
-                **cluster.gpu_options(rank, 1),
+                options=cluster.gpu_options(rank, 1),
             )
             for rank in range(num_ranks)
         ]
@@ -253,8 +248,15 @@ class Weights:
     its update, reports another version or disagrees on the canary is replaced, never served from.
     """
 
-    def __init__(self, trainers: TrainerPool, rollouts: RolloutPool, canary: np.ndarray, tolerance: float) -> None:
-        self.trainers, self.rollouts, self.canary, self.tolerance = trainers, rollouts, canary, tolerance
+    def __init__(
+        self,
+        trainers: TrainerPool,
+        rollouts: RolloutPool,
+        canary: np.ndarray,
+        tolerance: float,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.trainers, self.rollouts, self.canary, self.tolerance, self.say = trainers, rollouts, canary, tolerance, say
         self.policy_version = 0
         self.num_replaced = 0
         trainers.connect(rollouts)
@@ -291,7 +293,7 @@ class Weights:
             if not faults:
                 return worst
             for index, fault in faults.items():
-                print(f"engine-{index} {fault}: replacing it", file=sys.stderr)
+                self.say(f"engine-{index} {fault}: replacing it")
                 self.rollouts.replace(index)
                 self.num_replaced += 1
             self.trainers.connect(self.rollouts)

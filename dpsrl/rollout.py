@@ -40,7 +40,6 @@ class RolloutWorker:
         )
         self.engine = self.llm.llm_engine
         self.receiver = WeightReceiver(self.llm)
-        self.finished: list[tuple[int, list[Rollout], int]] = []
 
     def policy_version(self) -> int:
         return self.receiver.policy_version

@@ -155,6 +155,8 @@ def sequences_of(groups: list[Group], config: Config, step: int) -> list[Sequenc
 
 
 def evaluate(run: Run, step: int) -> None:
+    if not run.benchmarks.prompts:
+        return
     run.screen.stage("evaluating")
     with run.metrics.timer("time/eval_s"):
         for result in run.benchmarks.evaluate(run.rollouts, step):
@@ -245,7 +247,9 @@ def launch(config: Config, folder: RunFolder, tokenizer, prompts: PromptSet, sta
     )  # fmt: skip
     trainers.start()
     rollouts.policy_versions()
-    weights = Weights(trainers, rollouts, canary_tokens(prompts, tokenizer), config.weight_sync.canary_tolerance)
+    weights = Weights(
+        trainers, rollouts, canary_tokens(prompts, tokenizer), config.weight_sync.canary_tolerance, screen.line
+    )
     weights.verify_start()
     sinks = [screen.step]
     if config.log.wandb:
