@@ -331,6 +331,8 @@ def _composition_sentence(error: Exception, arguments: list[str]) -> str:
     if full_key and full_key not in known and "not in" in lines[0]:
         return _unknown_key(full_key, known)
     given = next((text for text in arguments if text.lstrip("+").startswith(f"{full_key}=")), full_key)
+    if "not a ListConfig" in lines[0]:
+        return f"{given} is not a list: write {full_key}=[{given.partition('=')[2]}]"
     return f"{given}: {lines[0]}" if given else lines[0]
 
 

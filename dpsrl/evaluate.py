@@ -158,6 +158,9 @@ def main(arguments: list[str]) -> int:
     except (UserError, StallError) as error:
         print(f"dpsrl.evaluate: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("dpsrl.evaluate: interrupted; everything that was started has ended", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -34,7 +34,7 @@ from dpsrl.groups import TRAINING, GroupStream
 from dpsrl.metrics import GroupLog, Metrics, WandbSink, read_lines, summarize, write_summary
 from dpsrl.pools import ControllerHandle, RolloutPool, TrainerPool, Weights, transfer_backend
 from dpsrl.report import write_report
-from dpsrl.rewards import Scorer
+from dpsrl.rewards import Scorer, check_function
 from dpsrl.screen import Screen
 from dpsrl.selection import build_selector
 from dpsrl.types import Group, Sequence, UserError
@@ -183,14 +183,15 @@ def selector_config(config: Config) -> dict[str, Any]:
     return options
 
 
-def preflight(config: Config) -> tuple[RunFolder, Any, PromptSet]:
-    """Everything that can be checked before an actor starts; UserError on the first fault."""
+def preflight(config: Config) -> tuple[RunFolder, Any, PromptSet, Benchmarks]:
+    """Everything that can be checked before a process starts; UserError on the first fault."""
     if not config.cluster.address:
         check_resources(resource_plan(config), num_local_gpus())
     folder = RunFolder(Path(config.run.dir or f"runs/{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"))
     folder.check_free()
     check_model_folder(config.model.path)
     build_selector(**selector_config(config), num_prompts=1, num_rollouts=config.rollout.num_rollouts, seed=config.seed)
+    check_function(config.reward.fn)
     tokenizer = load_tokenizer(config.model.path)
     prompts = training_prompts(config, tokenizer)
     if config.train.batch > len(prompts):
@@ -198,7 +199,7 @@ def preflight(config: Config) -> tuple[RunFolder, Any, PromptSet]:
             f"train.batch={config.train.batch} is larger than the data set's {len(prompts)} prompts: "
             f"set train.batch to at most {len(prompts)}"
         )
-    return folder, tokenizer, prompts
+    return folder, tokenizer, prompts, Benchmarks(config, tokenizer)
 
 
 def batch_arithmetic(config: Config, prompts: PromptSet) -> list[str]:
@@ -223,19 +224,23 @@ def canary_tokens(prompts: PromptSet, tokenizer) -> np.ndarray:
     return np.concatenate([prompt.token_ids, np.asarray(text, dtype=np.int32)])[:256]
 
 
-def launch(config: Config, folder: RunFolder, tokenizer, prompts: PromptSet, stack: ExitStack) -> Run:
+def opening_lines(config: Config, prompts: PromptSet, benchmarks: Benchmarks) -> list[str]:
+    """What was read, and what will be done with it."""
+    read = [line for source in (prompts, *benchmarks.prompts.values()) for line in source.report.sentences()]
+    return [*read, *batch_arithmetic(config, prompts)]
+
+
+def launch(
+    config: Config, folder: RunFolder, tokenizer, prompts: PromptSet, benchmarks: Benchmarks, stack: ExitStack
+) -> Run:
     """Starts every part; `stack` ends them in reverse order."""
-    benchmarks = stack.enter_context(Benchmarks(config, tokenizer))
+    stack.enter_context(benchmarks)
     reward = config.reward
     scorer = stack.enter_context(Scorer(reward.fn, num_workers=reward.num_workers, deadline_s=reward.deadline_s))
     folder.create()
     OmegaConf.save(OmegaConf.structured(config), folder.config)
     screen = stack.enter_context(Screen.capture(folder.logs / "driver.log"))
-    for line in [
-        *prompts.report.sentences(),
-        *batch_arithmetic(config, prompts),
-        f"run folder {folder.path}",
-    ]:
+    for line in [*opening_lines(config, prompts, benchmarks), f"run folder {folder.path}"]:
         screen.line(line)
     screen.stage("starting the engines and the trainer")
     cluster = stack.enter_context(Cluster(config, folder.logs))
@@ -275,12 +280,12 @@ def launch(config: Config, folder: RunFolder, tokenizer, prompts: PromptSet, sta
 
 def run(config: Config) -> None:
     started = time.monotonic()
-    folder, tokenizer, prompts = preflight(config)
+    folder, tokenizer, prompts, benchmarks = preflight(config)
     if config.dry_run:
-        print("\n".join([*prompts.report.sentences(), *batch_arithmetic(config, prompts)]))
+        print("\n".join(opening_lines(config, prompts, benchmarks)))
         return
     with ExitStack() as stack:
-        parts = launch(config, folder, tokenizer, prompts, stack)
+        parts = launch(config, folder, tokenizer, prompts, benchmarks, stack)
         parts.metrics.add({"time/start_s": time.monotonic() - started})
         train(parts)
         parts.screen.stage("writing the report")

@@ -48,7 +48,7 @@ class Scorer:
             raise UserError(f"reward.num_workers={num_workers} must be at least 1.")
         if not deadline_s > 0:
             raise UserError(f"reward.deadline_s={deadline_s} must be above 0.")
-        _check_function(fn)
+        check_function(fn)
         self.fn, self.deadline_s = fn, deadline_s
         self.missing = {TIMEOUT: 0, CRASH: 0, INVALID: 0}
         self._num_start_failures = 0
@@ -164,7 +164,7 @@ class Scorer:
         self.missing[reason] += 1
 
 
-def _check_function(fn: str) -> None:
+def check_function(fn: str) -> None:
     """UserError unless `fn` can be loaded. The built-in ones are not imported here: math brings sympy."""
     if fn not in BUILT_IN:
         load_function(fn)
