@@ -7,8 +7,12 @@ actors are asked to do is in `pools.py`.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +94,8 @@ class Cluster:
         os.environ.setdefault("RAY_worker_niceness", "0")
         num_actors = self.plan.num_engines + self.plan.num_ranks + 1
         local = {"num_cpus": max(os.cpu_count() or 1, num_actors), "include_dashboard": False} if self.local else {}
-        ray.init(address=config.cluster.address or "local", log_to_driver=False, logging_level="ERROR", **local)
+        with _whole_start():
+            ray.init(address=config.cluster.address or "local", log_to_driver=False, logging_level="ERROR", **local)
         if not self.local:
             check_resources(self.plan, int(ray.cluster_resources().get("GPU", 0)), f"cluster {config.cluster.address}")
 
@@ -153,6 +158,22 @@ class Cluster:
                 raise StallError(f"Ray did not place {self.plan.words} within {self.config.run.stall_s:.0f} s")
         strategy = PlacementGroupSchedulingStrategy(self.placement, placement_group_bundle_index=index)
         return {"num_cpus": cpus, "num_gpus": 0.5, "scheduling_strategy": strategy}
+
+
+@contextmanager
+def _whole_start() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block: half a Ray session would be left with no one to end it."""
+    interrupts: list[int] = []
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number)) if in_main_thread else None
+    try:
+        yield
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGINT, before)
+        if interrupts:
+            ray.shutdown()
+            raise KeyboardInterrupt
 
 
 def _logged(cls: type, path: str) -> type:
