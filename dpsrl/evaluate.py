@@ -7,6 +7,7 @@ A checkpoint inside a run folder is evaluated with that run's prompt format and 
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from contextlib import ExitStack
@@ -26,7 +27,7 @@ from dpsrl.rewards import Scorer
 from dpsrl.screen import Screen
 from dpsrl.types import Group, UserError
 
-NUM_RESAMPLES = 2000
+Z_95 = 1.959964
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def evaluate(name: str, groups: GroupStream, config: Config, step: int, response
     finished.sort(key=lambda group: group.index)
     solved_N = np.array([group.num_solved for group in finished])
     scored_N = np.array([group.num_scored for group in finished])
-    avg, low, high = mean_with_interval(solved_N[scored_N > 0] / scored_N[scored_N > 0], config.seed)
+    avg, low, high = mean_with_interval(solved_N[scored_N > 0] / scored_N[scored_N > 0])
     rollouts = [rollout for group in finished for rollout in group.rollouts]
     return EvalResult(
         name, len(finished), config.eval.num_rollouts, avg, low, high,
@@ -118,14 +119,21 @@ def _write_responses(file, name: str, step: int, prompt, group: Group, texts: li
         file.write(json.dumps(row) + "\n")
 
 
-def mean_with_interval(values_N: np.ndarray, seed: int) -> tuple[float, float, float]:
-    """Mean and its 95% percentile-bootstrap interval over prompts (2,000 seeded resamples); NaN for no values."""
+def mean_with_interval(values_N: np.ndarray) -> tuple[float, float, float]:
+    """Mean of per-prompt accuracies and its 95% interval; NaN for no values.
+
+    Wilson's score interval (1927) at the effective number of trials p (1 - p) / var(mean), with the variance taken over
+    prompts, since the samples of one prompt are not independent. Where all prompts agree it is the number of prompts,
+    so that no success in 30 prompts gives 0 to 0.11 and not a certainty.
+    """
     if values_N.size == 0:
         return float("nan"), float("nan"), float("nan")
-    rng = np.random.default_rng(seed)
-    means = [values_N[rng.integers(0, values_N.size, values_N.size)].mean() for _ in range(NUM_RESAMPLES)]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(values_N.mean()), float(low), float(high)
+    mean = float(values_N.mean())
+    variance = float(values_N.var(ddof=1)) / values_N.size if values_N.size > 1 else 0.0
+    trials = mean * (1.0 - mean) / variance if variance > 0.0 else float(values_N.size)
+    centre = (mean + Z_95**2 / (2.0 * trials)) / (1.0 + Z_95**2 / trials)
+    half = Z_95 / (1.0 + Z_95**2 / trials) * math.sqrt(mean * (1.0 - mean) / trials + (Z_95 / (2.0 * trials)) ** 2)
+    return mean, max(0.0, centre - half), min(1.0, centre + half)
 
 
 def pass_at(solved_N: np.ndarray, scored_N: np.ndarray) -> dict[int, float]:

@@ -155,7 +155,7 @@ class Screen:
         return "  ".join(part for part in parts if part)
 
     def _time_left_s(self) -> float:
-        """At the pace of this session so far, evaluations included."""
+        """At the pace of this process so far, evaluations included."""
         pace_s = (self._clock() - self._started_s) / (self._done - self._done_before)
         return pace_s * (self._total - self._done)
 

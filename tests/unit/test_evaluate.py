@@ -26,13 +26,24 @@ def test_prompts_without_scores_are_left_out():
 def test_the_interval_holds_the_truth_about_95_times_in_100():
     rng = np.random.default_rng(0)
     hits = 0
-    for trial in range(200):
+    for _ in range(200):
         values = rng.binomial(8, 0.3, 60) / 8
-        mean, low, high = mean_with_interval(values, trial)
+        mean, low, high = mean_with_interval(values)
         assert low <= mean <= high
         hits += low <= 0.3 <= high
     assert 178 <= hits <= 200  # 190 expected, standard deviation 3
 
 
+def test_prompts_that_agree_leave_doubt_by_their_number():
+    mean, low, high = mean_with_interval(np.zeros(30))
+    assert mean == low == 0.0 and high == pytest.approx(1.96**2 / (30 + 1.96**2), abs=1e-4)
+    assert mean_with_interval(np.ones(30))[1] == pytest.approx(1.0 - high)
+    # One sample per prompt is the textbook case: 6 of 20, Wilson's interval 0.1455 to 0.5190.
+    values = np.array([1.0] * 6 + [0.0] * 14)
+    trials = 6 * 14 / 20**2 / (values.var(ddof=1) / 20)  # 19: the unbiased variance costs one
+    assert trials == pytest.approx(19.0)
+    assert mean_with_interval(values)[1:] == pytest.approx((0.1455, 0.5190), abs=0.01)
+
+
 def test_no_values_give_no_number():
-    assert np.isnan(mean_with_interval(np.array([]), 0)).all()
+    assert np.isnan(mean_with_interval(np.array([]))).all()
