@@ -39,6 +39,8 @@ from dpsrl.screen import Screen
 from dpsrl.selection import build_selector
 from dpsrl.types import Group, Sequence, UserError
 
+MAX_CANARY_TOKENS = 256
+
 
 @dataclass
 class Run:
@@ -217,11 +219,13 @@ def batch_arithmetic(config: Config, prompts: PromptSet) -> list[str]:
     ]
 
 
-def canary_tokens(prompts: PromptSet, tokenizer) -> np.ndarray:
+def canary_tokens(config: Config, prompts: PromptSet, tokenizer) -> np.ndarray:
     """The fixed sequence of the weight-sync check: the first prompt, then its text again as a likely continuation."""
     prompt = prompts[0]
     text = tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
-    return np.concatenate([prompt.token_ids, np.asarray(text, dtype=np.int32)])[:256]
+    context = config.model.max_prompt_tokens + config.model.max_response_tokens
+    # The engine scores it as a prompt, which must leave room for one token.
+    return np.concatenate([prompt.token_ids, np.asarray(text, dtype=np.int32)])[: min(MAX_CANARY_TOKENS, context - 1)]
 
 
 def opening_lines(config: Config, prompts: PromptSet, benchmarks: Benchmarks) -> list[str]:
@@ -253,7 +257,7 @@ def launch(
     trainers.start()
     rollouts.policy_versions()
     weights = Weights(
-        trainers, rollouts, canary_tokens(prompts, tokenizer), config.weight_sync.canary_tolerance, screen.line
+        trainers, rollouts, canary_tokens(config, prompts, tokenizer), config.weight_sync.canary_tolerance, screen.line
     )
     weights.verify_start()
     sinks = [screen.step]
