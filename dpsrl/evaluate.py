@@ -10,6 +10,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,22 +155,26 @@ def pass_at(solved_N: np.ndarray, scored_N: np.ndarray) -> dict[int, float]:
 # --- entry --------------------------------------------------------------------------------------------
 
 
+def exit_code(program: str, action: Callable[[], None]) -> int:
+    """0, or what an entry ends with: 2 after one sentence for a mistake or a stall, 130 after Ctrl-C."""
+    try:
+        action()
+    except (UserError, StallError) as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted; everything that was started has ended", file=sys.stderr)
+        return 130
+    return 0
+
+
 def main(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(help_text("evaluate"))
         return 0
-    try:
-        if not any(argument.startswith("cluster=") for argument in arguments):
-            arguments = [f"cluster={'gpu1' if num_local_gpus() else 'cpu'}", *arguments]
-        config = load_config(arguments, entry="evaluate")
-        run(config)
-    except (UserError, StallError) as error:
-        print(f"dpsrl.evaluate: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("dpsrl.evaluate: interrupted; everything that was started has ended", file=sys.stderr)
-        return 130
-    return 0
+    if not any(argument.startswith("cluster=") for argument in arguments):
+        arguments = [f"cluster={'gpu1' if num_local_gpus() else 'cpu'}", *arguments]
+    return exit_code("dpsrl.evaluate", lambda: run(load_config(arguments, entry="evaluate")))
 
 
 def run(config: Config) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,12 @@ from omegaconf import OmegaConf
 from dpsrl.algo.advantages import group_advantages
 from dpsrl.algo.packing import lay_out, padding_share
 from dpsrl.checkpoint import RunFolder, check_model_folder
-from dpsrl.cluster import Cluster, StallError, check_resources, num_local_gpus, resource_plan
+from dpsrl.cluster import Cluster, check_resources, num_local_gpus, resource_plan
 from dpsrl.config import Config, help_text, load_config
 from dpsrl.controller import Outcome
 from dpsrl.data.build import load_tokenizer, training_prompts
 from dpsrl.data.prompts import PromptSet
-from dpsrl.evaluate import Benchmarks
+from dpsrl.evaluate import Benchmarks, exit_code
 from dpsrl.groups import TRAINING, GroupStream
 from dpsrl.metrics import GroupLog, Metrics, WandbSink, read_lines, summarize, write_summary
 from dpsrl.pools import ControllerHandle, RolloutPool, TrainerPool, Weights, transfer_backend
@@ -59,7 +59,6 @@ class Run:
     metrics: Metrics
     group_log: GroupLog
     num_rollouts: int = 0
-    latest_eval: dict[str, float] = field(default_factory=dict)
 
 
 def train(run: Run) -> None:
@@ -304,15 +303,7 @@ def main(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(help_text("train"))
         return 0
-    try:
-        run(load_config(arguments))
-    except (UserError, StallError) as error:
-        print(f"dpsrl: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("dpsrl: interrupted; everything that was started has ended", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code("dpsrl", lambda: run(load_config(arguments)))
 
 
 if __name__ == "__main__":
