@@ -22,6 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dpsrl.selection.outcomes import OutcomeRule
 from dpsrl.types import UserError
 
 PACKAGE_DIR = Path(__file__).parent
@@ -83,12 +84,35 @@ class RewardConfig:
 class SelectionConfig:
     """Options left at null take the method's own default; one the method does not use is refused."""
 
-    method: str = key("dps", "how prompts are chosen")
-    admission: str = key("all", "which scored groups are trained on", choices=("all",))
-    decay: float | None = key(None, "dps: share of the transition counts kept each step", ge=0, le=1)
+    method: str = key("dps", "how prompts are chosen; a preset of belief, score and pick")
+    belief: str | None = key(None, "what is thought of each prompt, in place of the method's own")
+    score: str | None = key(None, "what a prompt is worth, in place of the method's own")
+    pick: str | None = key(None, "who is taken given the scores, in place of the method's own")
+    quota: float | None = key(None, "share of every batch that goes to the prompts longest unselected", ge=0, le=1)
+    admission: str = key("all", "groups trained on; mixed: those that carry a gradient", choices=("all", "mixed"))
+    max_rounds: int = key(4, "admission=mixed: at most this many batches of prompts are rolled out in a step", ge=1)
+    audit_share: float = key(0.02, "share of a batch drawn at random, to judge predictions by", ge=0, le=1)
+    unsolved_at: float = key(0.0, "rewards up to this count as unsolved")
+    solved_at: float = key(1.0, "rewards from this on count as solved; in between, in proportion")
+    min_spread: float = key(0.0, "a group is mixed when its rewards differ by more than this", ge=0)
+    prior_rates: str = key(
+        "", "file of prompt_id, num_solved, num_rollouts, as dpsrl.evaluate writes it: known at start"
+    )
+    warm_start: str = key("", "checkpoint of an earlier run whose beliefs are taken over, prompt by prompt")
+    decay: float | None = key(None, "share of the evidence kept each step (dps, beta, mopps)", ge=0, le=1)
     prior_alpha: Any = key(None, "dps: prior transition counts (uniform, progress, stability, a number, 3x3)")
     prior_pi: Any = key(None, "dps: prior over states before the first step (uniform, or three numbers)")
-    entropy_weight: float | None = key(None, "dps: weight of the belief's entropy in the score", ge=0)
+    entropy_weight: float | None = key(None, "weight of the belief's entropy in the score", ge=0)
+    first_transition: bool | None = key(None, "dps: the first observation counts as a move, as published")
+    evidence_weight: float | None = key(None, "dps: what one move adds to the counts, 1 as published", ge=0)
+    target_rate: float | None = key(None, "score target: the pass rate to be near to", ge=0, le=1)
+    temperature: float | None = key(None, "pick gumbel: how far from the top it draws, in units of the score", gt=0)
+
+
+# Keys of SelectionConfig that are not `build_selector`'s.
+CONTROLLER_KEYS = (
+    "admission", "max_rounds", "audit_share", "unsolved_at", "solved_at", "min_spread", "prior_rates", "warm_start",
+)  # fmt: skip
 
 
 @dataclass
@@ -143,7 +167,7 @@ class TrainConfig:
 class EvalConfig:
     every: int = key(0, "steps between evaluations; 0: only before and after", ge=0)
     benchmarks: list[str] = key(
-        [], "'countdown', 'countdown3', 'countdown4', a file's stem in data.eval_dir, or owner/name"
+        [], "'countdown', 'countdown3', 'countdown4', a file's stem in data.eval_dir, owner/name, or 'train'"
     )
     num_rollouts: int = key(16, "samples per prompt: the K of avg@K", ge=1)
     temperature: float = key(0.6, "sampling temperature", ge=0)
@@ -254,7 +278,7 @@ def _drop_options_of_another_method(raw: Any, arguments: list[str], set_keys: se
         return
     own = vars(SelectionConfig()) | OmegaConf.to_container(OmegaConf.load(config_dir() / f"selection/{choice}.yaml"))
     for name, value in own.items():
-        if f"selection.{name}" not in set_keys:
+        if name not in CONTROLLER_KEYS and f"selection.{name}" not in set_keys:
             raw.selection[name] = value
 
 
@@ -385,6 +409,7 @@ def _check_together(config: Config) -> None:
     backend, device = config.weight_sync.backend, config.cluster.device
     if backend != "auto" and (backend == "shared_memory") != (device == "cpu"):
         raise UserError(f"weight_sync.backend={backend} does not work with cluster.device={device}: use auto")
+    OutcomeRule(config.selection.unsolved_at, config.selection.solved_at, config.selection.min_spread)
     if config.resume != "no":
         raise UserError(f"resume={config.resume} is not built yet: start a new run with resume=no")
 
@@ -396,12 +421,14 @@ def _has_countdown(config: Config) -> bool:
 # (key prefix, does it have an effect?, why not): a key set on the command line for nothing is refused.
 _EFFECTS: list[tuple[str, Callable[[Config], bool], str]] = [
     ("data.countdown.", _has_countdown, "neither data.train nor eval.benchmarks is countdown"),
-    ("data.eval_dir", lambda c: any(not b.startswith("countdown") and "/" not in b for b in c.eval.benchmarks),
+    ("data.eval_dir", lambda c: any(b != "train" and not b.startswith("countdown") and "/" not in b
+                                    for b in c.eval.benchmarks),
      "no benchmark in eval.benchmarks is read from a folder"),
     ("data.split", lambda c: c.data.train != "countdown" and not Path(c.data.train).suffix,
      "data.train is not a Hugging Face dataset"),
     *((f"eval.{name}", lambda c: bool(c.eval.benchmarks), "eval.benchmarks is empty")
       for name in ("every", "num_rollouts", "temperature")),
+    ("selection.max_rounds", lambda c: c.selection.admission == "mixed", "selection.admission is not mixed"),
     ("checkpoint.keep", lambda c: c.checkpoint.every > 0, "checkpoint.every=0 writes only the last one"),
     ("rollout.kv_cache_gib", lambda c: c.cluster.device == "cpu", "cluster.device is not cpu"),
     ("rollout.tensor_parallel", lambda c: c.cluster.device == "gpu", "cluster.device is cpu"),

@@ -1,43 +1,60 @@
 """Which prompts are rolled out next, which groups are trained on, and what is learned from them.
 
-Owns the selector, the admission rule, the prompts in flight and the outcomes of the step under
-way. A plain class: knows nothing of processes, tokens, rewards or the trainer.
+Owns the selector, the admission rule, the prompts in flight, the prompts carried over, and the outcomes of the step
+under way. A plain class: knows nothing of processes, tokens, rewards or the trainer.
 
-One step: `select` (again for a refill), `admit` as groups come back, `observe` once at the end.
-The next step's `select` comes after this step's `observe`, so what is in flight at `observe` and
-never came back is lost.
+One step: `select`, then `admit` and `refill` as groups come back, `observe` once at the end, and `trained` names the
+groups of the update. What is in flight at `observe` and never came back is lost, unless generation runs ahead.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from dpsrl.audit import Audit
 from dpsrl.selection import Selector, build_selector
 from dpsrl.selection.admission import build_admission
 from dpsrl.selection.hmm import PARTIAL, SOLVED, UNSOLVED, observed_state
 from dpsrl.types import UserError
 
 UNSEEN = -1
+YIELD_MEMORY = 0.9  # share of the past steps' counts that the expected yield of a group keeps
 
 
 class Outcome(NamedTuple):
-    """How one group went: `Outcome(7, 3, 8)`: prompt 7, 3 right among 8 rollouts that have a reward."""
+    """How one group went: `Outcome(7, 3, 8)`: prompt 7, 3 right among 8 rollouts that have a reward.
+
+    policy_version: weight syncs before it was sampled; None: the policy of the step under way.
+    """
 
     index: int
     num_solved: int
     num_scored: int
+    policy_version: int | None = None
+
+
+class Flight(NamedTuple):
+    """What was thought of a prompt when it was selected."""
+
+    partial: float  # P(partial)
+    likeliest_partial: bool
+    audited: bool  # drawn at random, not chosen
 
 
 class Controller:
     """Selection with its book-keeping for N prompts.
 
-    prompt_ids: one stable, distinct id per row; batch: prompts per `select`.
+    prompt_ids: one stable, distinct id per row; batch: groups per update.
     selector_config: {"method": "dps", **options} as `build_selector` takes them.
-    admission: a name in ADMISSIONS.
+    admission: a name in ADMISSIONS. With `mixed`, prompts are refilled until `batch` groups are admitted, but at most
+    `max_rounds * batch` prompts are rolled out in a step; mixed groups beyond `batch` are carried over to the next.
+    num_audit: prompts per step drawn at random from all, so that predictions can be judged on prompts that were
+    not chosen for them; they are trained on like the others.
     """
 
     def __init__(
@@ -48,6 +65,8 @@ class Controller:
         num_rollouts: int,
         seed: int,
         admission: str = "all",
+        max_rounds: int = 4,
+        num_audit: int = 0,
     ) -> None:
         if len(set(prompt_ids)) != len(prompt_ids):
             raise ValueError(f"prompt ids must be distinct; {len(prompt_ids) - len(set(prompt_ids))} are repeated.")
@@ -60,11 +79,24 @@ class Controller:
         self.selector: Selector = build_selector(
             **selector_config, num_prompts=len(prompt_ids), num_rollouts=num_rollouts, seed=seed
         )
+        self.policy_version = 0
+        self.max_prompts = max_rounds * batch
         self._admits = build_admission(admission)
-        self._prompt_ids_sha256 = hashlib.sha256("\n".join(prompt_ids).encode()).hexdigest()
+        self._refills = admission != "all"
+        self._prompt_ids = prompt_ids
+        self._audit = Audit(num_audit, seed)
         self._last_state_N = np.full(len(prompt_ids), UNSEEN, dtype=np.int8)
-        self._in_flight: dict[int, float] = {}  # index -> P(partial) when it was selected
-        self._came_back: dict[int, tuple[Outcome, float]] = {}  # of the step under way, with the same prediction
+        self._in_flight: dict[int, Flight] = {}
+        self._came_back: dict[int, tuple[Outcome, Flight]] = {}  # of the step under way
+        self._admitted: list[int] = []  # of the step under way
+        self._carried: list[int] = []  # admitted in earlier steps, not yet trained on
+        self._trained: list[int] = []
+        # Groups admitted and groups come back, discounted step by step; their ratio is what a prompt is expected to
+        # yield. It begins at 1, so that a first step asks for no more than it needs.
+        self._yield = np.array([batch / 2, batch / 2])
+        self._num_selected = 0  # prompts of the step under way
+
+    # --- a step -------------------------------------------------------------------------------------------
 
     @property
     def in_flight(self) -> list[tuple[int, float]]:
@@ -72,19 +104,39 @@ class Controller:
 
         After a restart from a state saved in mid-step these are to be rolled out again.
         """
-        return list(self._in_flight.items())
+        return [(index, flight.partial) for index, flight in self._in_flight.items()]
 
     def select(self, num_prompts: int | None = None) -> list[tuple[int, float]]:
-        """(index, P(partial)) of `num_prompts` prompts, `batch` unless told; they are in flight from here on.
+        """(index, P(partial)) of prompts to roll out, in flight from here on; `batch` of them with admission `all`.
 
-        Never a prompt in flight, nor one that came back in this step. UserError when too few are left.
+        Never a prompt in flight, carried over, or come back in this step. UserError when too few are left, except that
+        a refilling admission takes what there is.
         """
-        busy = [*self._in_flight, *self._came_back]
-        partial_N = self.selector.predict()[:, PARTIAL]
-        ids = self.selector.select(self.batch if num_prompts is None else num_prompts, exclude=busy)
-        selected = [(int(index), float(partial_N[index])) for index in ids]
-        self._in_flight.update(selected)
-        return selected
+        if num_prompts is None and self._refills:
+            return self.refill()
+        num_prompts = self.batch if num_prompts is None else num_prompts
+        audited = self._audit.draw(self.selector.num_prompts, self._busy(), num_prompts) if not self._came_back else []
+        self.selector.mark_selected(audited)
+        chosen = audited
+        if num_prompts > len(audited):
+            picked = self.selector.select(num_prompts - len(audited), exclude=[*self._busy(), *audited])
+            chosen = np.concatenate([picked, np.asarray(audited, dtype=np.int64)])
+        return self._take_off(chosen, len(audited))
+
+    def refill(self) -> list[tuple[int, float]]:
+        """(index, P(partial)) of prompts still to be rolled out in this step; none when enough are on their way.
+
+        Enough is when the groups admitted and carried over, and what those in flight are expected to yield, make a
+        batch; or when `max_rounds` batches were rolled out, or no prompt is left.
+        """
+        if not self._refills:
+            return []
+        num_admitted, num_back = self._yield + (len(self._admitted), len(self._came_back))
+        expected_yield = max(num_admitted / num_back, 1 / self.max_prompts)
+        missing = self.batch - len(self._carried) - len(self._admitted) - expected_yield * len(self._in_flight)
+        room = min(self.max_prompts - self._num_selected, self.selector.num_prompts - len(self._busy()))
+        num_prompts = min(math.ceil(missing / expected_yield - 1e-9), room)
+        return self.select(num_prompts) if num_prompts > 0 else []
 
     def admit(self, outcomes: Sequence[Outcome]) -> list[bool]:
         """For each group, whether to train on it. Keeps the outcomes for `observe`; learns nothing yet.
@@ -99,41 +151,94 @@ class Controller:
                 )
             if not 0 <= outcome.num_solved <= outcome.num_scored:
                 raise ValueError(f"{outcome}: it must be 0 <= num_solved <= num_scored.")
+            if outcome.policy_version is not None and not 0 <= outcome.policy_version <= self.policy_version:
+                raise ValueError(f"{outcome}: the policy is at version {self.policy_version}.")
             seen.add(outcome.index)
-        for outcome in outcomes:
+        admitted = [self._admits(outcome.num_solved, outcome.num_scored) for outcome in outcomes]
+        for outcome, is_admitted in zip(outcomes, admitted, strict=True):
             self._came_back[outcome.index] = (outcome, self._in_flight.pop(outcome.index))
-        return [self._admits(outcome.num_solved, outcome.num_scored) for outcome in outcomes]
+            if is_admitted:
+                self._admitted.append(outcome.index)
+        return admitted
 
-    def observe(self) -> dict[str, float]:
+    def observe(self, ahead: bool = False) -> dict[str, float]:
         """Ends the step: the selector learns from all its outcomes at once. Returns the step's metrics.
 
-        A prompt still in flight is lost: it is released without evidence. Shares and the Brier
-        score are over the groups with at least one reward, and left out when there is none.
+        A prompt still in flight is lost and released without evidence; with `ahead`, it belongs to a later step and
+        stays in flight. Shares and the Brier score are over the groups with at least one reward, and left out when
+        there is none.
         """
         # By index, so that the order in which groups came back cannot change the last bit of anything.
         came_back = [self._came_back[index] for index in sorted(self._came_back)]
-        counts_B3 = np.array([outcome for outcome, _ in came_back], dtype=np.int64).reshape(-1, 3)
-        predicted_B = np.array([predicted for _, predicted in came_back])
-        num_lost = len(self._in_flight)
+        counts_B3 = np.array([outcome[:3] for outcome, _ in came_back], dtype=np.int64).reshape(-1, 3)
+        lag_B = np.array([self._lag(outcome) for outcome, _ in came_back], dtype=np.int64)
+        flights = [flight for _, flight in came_back]
+        num_lost = 0 if ahead else len(self._in_flight)
 
-        self.selector.observe(*counts_B3.T)
+        self.selector.observe(*counts_B3.T, lag=lag_B)
+        self.policy_version += 1
         scored_B = counts_B3[:, 2] > 0
         ids_B, num_solved_B, num_scored_B = counts_B3[scored_B].T
         state_B = observed_state(num_solved_B, num_scored_B)
         self._last_state_N[ids_B] = state_B
-        self._in_flight.clear()
+        metrics = self._close_batch(counts_B3)
+        metrics["selection/num_lost"] = float(num_lost)
+        if not ahead:
+            self._in_flight.clear()
         self._came_back.clear()
 
-        metrics = {
-            "selection/coverage": float((self.selector.num_selected_N > 0).mean()),
-            "selection/num_lost": float(num_lost),
-            "selection/num_unscored": float((~scored_B).sum()),
-        }
+        mixed_B = state_B == PARTIAL
+        partial_B, likeliest_B, audited_B = np.array(flights, dtype=np.float64).reshape(-1, 3)[scored_B].T
         if ids_B.size:
-            mixed_B = state_B == PARTIAL
             metrics["selection/mixed_share"] = float(mixed_B.mean())
-            metrics["selection/brier"] = float(((predicted_B[scored_B] - mixed_B) ** 2).mean())
-        return metrics
+            metrics["selection/brier"] = float(((partial_B - mixed_B) ** 2).mean())
+        if likeliest_B.any():
+            metrics["selection/precision"] = float(mixed_B[likeliest_B > 0].mean())
+        self._audit.record(partial_B[audited_B > 0], mixed_B[audited_B > 0])
+        uses = self.selector.uses()
+        if uses.any():
+            metrics |= {"selection/uses_mean": float(uses[uses > 0].mean()), "selection/uses_max": float(uses.max())}
+        return metrics | self._audit.metrics()
+
+    def trained(self) -> list[int]:
+        """The prompts whose groups are trained on in the step that `observe` ended: carried over first, then new."""
+        return self._trained
+
+    def _close_batch(self, counts_B3: np.ndarray) -> dict[str, float]:
+        """Splits what is admitted into this step's batch and what is carried over; counts where every group went."""
+        ready = self._carried + sorted(self._admitted)
+        self._trained, self._carried = (ready[: self.batch], ready[self.batch :]) if self._refills else (ready, [])
+        num_scored, num_admitted = int((counts_B3[:, 2] > 0).sum()), len(self._admitted)
+        self._yield = YIELD_MEMORY * (self._yield + (num_admitted, len(counts_B3)))
+        self._admitted, self._num_selected = [], 0
+        return {
+            "selection/coverage": self.selector.coverage,
+            "selection/num_generated": float(len(counts_B3)),
+            "selection/num_trained": float(len(self._trained)),
+            "selection/num_carried": float(len(self._carried)),
+            "selection/num_unmixed": float(num_scored - num_admitted),
+            "selection/num_unscored": float(len(counts_B3) - num_scored),
+        }
+
+    def _busy(self) -> list[int]:
+        return [*self._in_flight, *self._came_back, *self._carried]
+
+    def _lag(self, outcome: Outcome) -> int:
+        return 0 if outcome.policy_version is None else self.policy_version - outcome.policy_version
+
+    def _take_off(self, ids: np.ndarray, num_audited: int) -> list[tuple[int, float]]:
+        """Puts the prompts in flight, the last `num_audited` of them as audited."""
+        states_BS = self.selector.predict(ids)
+        selected = []
+        for place, (index, states_S) in enumerate(zip(np.asarray(ids).tolist(), states_BS.tolist(), strict=True)):
+            partial = states_S[PARTIAL]
+            likeliest = partial > max(states_S[UNSOLVED], states_S[SOLVED])
+            self._in_flight[index] = Flight(partial, likeliest, place >= len(ids) - num_audited)
+            selected.append((index, partial))
+        self._num_selected += len(selected)
+        return selected
+
+    # --- what is known ------------------------------------------------------------------------------------
 
     def occupancy(self) -> dict[str, int]:
         """How many of the N prompts were last seen in each solving state; the four counts add up to N."""
@@ -141,18 +246,40 @@ class Controller:
         names = {"unseen": UNSEEN, "unsolved": UNSOLVED, "partial": PARTIAL, "solved": SOLVED}
         return {name: int(counts[state + 1]) for name, state in names.items()}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Flat: numpy arrays and one string.
+    def anchor(self, ids: Sequence[int], num_solved: Sequence[int], num_rollouts: Sequence[int]) -> None:
+        """Learns from groups that were sampled before the run, as one step of the clock in front of the first."""
+        self.selector.observe(np.asarray(ids), np.asarray(num_solved), np.asarray(num_rollouts))
 
-        Outcomes not yet observed count as in flight: those prompts are to be rolled out again.
+    def warm_start(self, state: dict[str, Any]) -> int:
+        """Takes over the beliefs of an earlier run about the prompts that this one has too; returns how many.
+
+        Prompts are matched by id, so the data set may have changed. Use counts begin anew.
         """
-        in_flight = self._in_flight | {index: predicted for index, (_, predicted) in self._came_back.items()}
+        hashes = id_hashes(self._prompt_ids)
+        order = np.argsort(hashes)
+        theirs = state["prompt_ids"]
+        place = np.searchsorted(hashes, theirs, sorter=order).clip(max=hashes.size - 1)
+        row_of_theirs = np.where(hashes[order[place]] == theirs, order[place], -1)
+        return self.selector.adopt(part_of(state, "selector."), row_of_theirs)
+
+    # --- state --------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Flat: numpy arrays only.
+
+        Outcomes not yet observed count as in flight: those prompts are to be rolled out again. Groups carried over
+        are not part of it: their prompts are free again after a restart.
+        """
+        in_flight = self._in_flight | {index: flight for index, (_, flight) in self._came_back.items()}
         own = {
-            "prompt_ids_sha256": self._prompt_ids_sha256,
+            "prompt_ids": id_hashes(self._prompt_ids),
+            "policy_version": np.array(self.policy_version),
             "last_state": self._last_state_N.copy(),
             "in_flight_index": np.array(list(in_flight), dtype=np.int64),
-            "in_flight_predicted": np.array(list(in_flight.values()), dtype=np.float64),
+            "in_flight_thought": np.array(list(in_flight.values()), dtype=np.float64).reshape(-1, 3),
+            "yield": self._yield.copy(),
         }
+        own |= {f"audit.{name}": array for name, array in self._audit.state_dict().items()}
         return own | {f"selector.{name}": array for name, array in self.selector.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -163,16 +290,31 @@ class Controller:
                 f"the controller's state has keys {sorted(state)} where {sorted(needed)} are needed; "
                 "it was saved with another selection method or version."
             )
-        saved_sha256 = str(state["prompt_ids_sha256"])
-        if saved_sha256 != self._prompt_ids_sha256:
+        hashes = id_hashes(self._prompt_ids)
+        if not np.array_equal(state["prompt_ids"], hashes):
+            shared = np.intersect1d(state["prompt_ids"], hashes).size
             raise UserError(
-                f"the controller's state belongs to other prompts (hash {saved_sha256[:12]}..., "
-                f"not {self._prompt_ids_sha256[:12]}...); resume with the data set of the saved run."
+                f"the controller's state belongs to other prompts ({len(state['prompt_ids'])}, of which {shared} are "
+                f"among these {len(hashes)}); resume with the data set of the saved run."
             )
-        selector_state = {key.removeprefix("selector."): state[key] for key in needed if key.startswith("selector.")}
-        self.selector.load_state_dict(selector_state)
+        self.selector.load_state_dict(part_of(state, "selector."))
+        self._audit.load_state_dict(part_of(state, "audit."))
+        self.policy_version = int(state["policy_version"])
+        thought_F3 = state["in_flight_thought"].tolist()
         self._last_state_N[:] = state["last_state"]
-        self._in_flight = dict(
-            zip(state["in_flight_index"].tolist(), state["in_flight_predicted"].tolist(), strict=True)
-        )
-        self._came_back = {}
+        thoughts = [Flight(partial, bool(likeliest), bool(audited)) for partial, likeliest, audited in thought_F3]
+        self._in_flight = dict(zip(state["in_flight_index"].tolist(), thoughts, strict=True))
+        self._yield = np.array(state["yield"])
+        self._came_back, self._admitted, self._carried, self._num_selected = {}, [], [], len(self._in_flight)
+
+
+def part_of(state: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def id_hashes(prompt_ids: Sequence[str]) -> np.ndarray:
+    """uint64 (N,): 8 bytes that stand for each id in files."""
+    return np.array(
+        [int.from_bytes(hashlib.blake2b(i.encode(), digest_size=8).digest(), "little") for i in prompt_ids],
+        dtype=np.uint64,
+    )

@@ -26,6 +26,7 @@ from dpsrl.groups import EVALUATION, GroupStream
 from dpsrl.pools import RolloutPool, transfer_backend
 from dpsrl.rewards import Scorer
 from dpsrl.screen import Screen
+from dpsrl.selection.outcomes import OutcomeRule
 from dpsrl.types import Group, UserError
 
 Z_95 = 1.959964
@@ -64,29 +65,32 @@ class Benchmarks:
         self._open.close()
 
     def scorer(self, name: str) -> Scorer:
-        """Countdown checks itself; other benchmarks take the run's reward, or math where that is Countdown's."""
+        """Countdown checks itself; the others take the run's reward, or math where that is Countdown's."""
         own = self.config.reward.fn
-        fn = "countdown" if name.startswith("countdown") else "math" if own == "countdown" else own
+        of_benchmark = "math" if own == "countdown" and name != "train" else own
+        fn = "countdown" if name.startswith("countdown") else of_benchmark
         if fn not in self._scorers:
             reward = self.config.reward
             scorer = Scorer(fn, num_workers=reward.num_workers, deadline_s=reward.deadline_s)
             self._scorers[fn] = self._open.enter_context(scorer)
         return self._scorers[fn]
 
-    def evaluate(self, rollouts: RolloutPool, step: int, responses: Path | None = None) -> list[EvalResult]:
-        """One result per benchmark; every response goes to `responses`, a JSONL file, where given."""
+    def evaluate(self, rollouts: RolloutPool, step: int, folder: Path | None = None) -> list[EvalResult]:
+        """One result per benchmark. `folder`, where given, gets responses.jsonl and pass_rates.jsonl."""
         results = []
         for name, prompts in self.prompts.items():
             groups = GroupStream(prompts, rollouts, self.scorer(name), self.tokenizer, self.config.seed)
-            results.append(evaluate(name, groups, self.config, step, responses))
+            results.append(evaluate(name, groups, self.config, step, folder))
         return results
 
 
-def evaluate(name: str, groups: GroupStream, config: Config, step: int, responses: Path | None = None) -> EvalResult:
+def evaluate(name: str, groups: GroupStream, config: Config, step: int, folder: Path | None = None) -> EvalResult:
     """`eval.num_rollouts` samples of every prompt of one benchmark, scored."""
     finished: list[Group] = []
+    rule = OutcomeRule(config.selection.unsolved_at, config.selection.solved_at, config.selection.min_spread)
     with ExitStack() as stack:
-        file = stack.enter_context(responses.open("a")) if responses else None
+        responses = stack.enter_context((folder / "responses.jsonl").open("a")) if folder else None
+        pass_rates = stack.enter_context((folder / "pass_rates.jsonl").open("a")) if folder else None
         for group, texts in groups.stream(
             range(len(groups.prompts)),
             num_rollouts=config.eval.num_rollouts,
@@ -95,8 +99,11 @@ def evaluate(name: str, groups: GroupStream, config: Config, step: int, response
             step=0,  # every evaluation of a run draws with the same seeds: differences are the policy's
         ):
             finished.append(group)
-            if file:
-                _write_responses(file, name, step, groups.prompts[group.index], group, texts)
+            if responses:
+                _write_responses(responses, name, step, groups.prompts[group.index], group, texts)
+                num_solved, num_rollouts = rule.counts(group.rewards_G)
+                line = {"prompt_id": group.prompt_id, "num_solved": num_solved, "num_rollouts": num_rollouts}
+                pass_rates.write(json.dumps(line) + "\n")
     finished.sort(key=lambda group: group.index)
     solved_N = np.array([group.num_solved for group in finished])
     scored_N = np.array([group.num_scored for group in finished])
@@ -178,7 +185,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run(config: Config) -> None:
-    """Evaluates one model and writes responses.jsonl and summary.json into a folder of its own."""
+    """Evaluates one model and writes responses, pass rates and summary.json into a folder of its own."""
     if not config.eval.benchmarks:
         raise UserError("eval.benchmarks=[] names nothing to evaluate on: give eval.benchmarks=[math500] or the like")
     check_resources(resource_plan(config, with_trainer=False), num_local_gpus())
@@ -196,10 +203,11 @@ def run(config: Config) -> None:
         cluster = stack.enter_context(Cluster(config, folder.logs, with_trainer=False))
         rollouts = RolloutPool(cluster, config, transfer_backend(config))
         rollouts.policy_versions()
-        results = benchmarks.evaluate(rollouts, 0, folder.path / "responses.jsonl")
+        results = benchmarks.evaluate(rollouts, 0, folder.path)
         screen.console.print(results_table(results))
         folder.summary.write_text(json.dumps([vars(result) for result in results], indent=1))
         screen.line(f"responses: {folder.path / 'responses.jsonl'}")
+        screen.line(f"pass rates, for selection.prior_rates: {folder.path / 'pass_rates.jsonl'}")
 
 
 def results_table(results: list[EvalResult]):

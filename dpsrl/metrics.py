@@ -41,6 +41,7 @@ KEYS: dict[str, Key] = {
     "eval/<benchmark>/avg@<K>": Key("share", "mean accuracy over K samples of each held-out prompt", "last"),
     "eval/<benchmark>/pass@<K>": Key("share", "chance that at least one of K samples is right", "last"),
     "rollout/num_rollouts": Key("rollouts", "generated for training since the run began", "last"),
+    "rollout/num_trained": Key("rollouts", "trained on since the run began", "last"),
     "rollout/solve_rate": Key("share", "right answers among the step's scored rollouts"),
     "rollout/reward": Key("reward", "mean over the step's scored rollouts"),
     "rollout/response_tokens": Key("tokens", "mean length of a response"),
@@ -50,6 +51,17 @@ KEYS: dict[str, Key] = {
     "selection/predicted_share": Key("share", "mixed groups that the beliefs expected among those selected"),
     "selection/coverage": Key("share", "prompts rolled out at least once", "last"),
     "selection/brier": Key("squared share", "mean squared error of the predicted chance of a mixed group"),
+    "selection/precision": Key("share", "mixed groups among those whose likeliest state was partial"),
+    "selection/uses_mean": Key("selections", "per prompt that was selected at all", "last"),
+    "selection/uses_max": Key("selections", "of the prompt selected most often", "last"),
+    "selection/audit_brier": Key("squared share", "Brier score on the latest 512 prompts drawn at random", "last"),
+    "selection/audit_calibration": Key("share", "mean |predicted - realised| of those, in 5 bins", "last"),
+    "selection/audit_mixed_share": Key("share", "mixed groups of those: what a random choice would get", "last"),
+    "selection/num_generated": Key("groups", "rolled out in the step", "sum"),
+    "selection/num_trained": Key("groups", "trained on in the step", "sum"),
+    "selection/num_carried": Key("groups", "admitted and waiting for the next step", "last"),
+    "selection/num_unmixed": Key("groups", "dropped: all their rewards alike", "sum"),
+    "selection/num_short": Key("groups", "missing from the batch when the cap on rollouts was reached", "sum"),
     "selection/num_lost": Key("prompts", "selected, but no group came back", "sum"),
     "selection/num_unscored": Key("prompts", "whose group has no reward at all", "sum"),
     "selection/occupancy/unseen": Key("prompts", "never scored", "last"),
@@ -160,14 +172,16 @@ class GroupLog:
     def __init__(self, path: Path, last_step: int = -1) -> None:
         self._file = open_lines(path, last_step)
 
-    def write(self, step: int, group: Group, admitted: bool, predicted: float | None) -> None:
-        """predicted: the chance of a mixed group that its selection went by; None where there was none."""
+    def write(self, step: int, group: Group, counts: tuple[int, int], admitted: bool, predicted: float | None) -> None:
+        """counts: solved and scored, as selection reads the rewards; predicted: the chance of a mixed group that its
+        selection went by, None where there was none.
+        """
         line = {
             "step": step,
             "prompt_id": group.prompt_id,
             "policy_version": group.policy_version,
-            "num_solved": group.num_solved,
-            "num_rollouts": group.num_scored,
+            "num_solved": counts[0],
+            "num_rollouts": counts[1],
             "admitted": admitted,
             "predicted": predicted,
         }

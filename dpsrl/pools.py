@@ -48,11 +48,23 @@ class ControllerHandle:
     def select(self) -> list[tuple[int, float]]:
         return self._call(self.actor.select)
 
+    def refill(self) -> list[tuple[int, float]]:
+        return self._call(self.actor.refill)
+
     def admit(self, outcomes: list) -> list[bool]:
         return self._call(self.actor.admit, outcomes)
 
     def observe(self) -> dict[str, float]:
         return self._call(self.actor.observe)
+
+    def trained(self) -> list[int]:
+        return self._call(self.actor.trained)
+
+    def anchor(self, ids: list[int], num_solved: list[int], num_rollouts: list[int]) -> None:
+        self._call(self.actor.anchor, ids, num_solved, num_rollouts)
+
+    def warm_start(self, state: dict[str, Any]) -> int:
+        return self._call(self.actor.warm_start, state)
 
     def occupancy(self) -> dict[str, int]:
         return self._call(self.actor.occupancy)

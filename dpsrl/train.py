@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from dpsrl.algo.advantages import group_advantages
 from dpsrl.algo.packing import lay_out, padding_share
 from dpsrl.checkpoint import RunFolder, check_model_folder
 from dpsrl.cluster import Cluster, check_resources, num_local_gpus, resource_plan
-from dpsrl.config import Config, help_text, load_config
+from dpsrl.config import CONTROLLER_KEYS, Config, help_text, load_config
 from dpsrl.controller import Outcome
 from dpsrl.data.build import load_tokenizer, training_prompts
 from dpsrl.data.prompts import PromptSet
@@ -33,10 +33,12 @@ from dpsrl.evaluate import Benchmarks, exit_code
 from dpsrl.groups import TRAINING, GroupStream
 from dpsrl.metrics import GroupLog, Metrics, WandbSink, read_lines, summarize, write_summary
 from dpsrl.pools import ControllerHandle, RolloutPool, TrainerPool, Weights, transfer_backend
+from dpsrl.prior import Prior, read_prior
 from dpsrl.report import write_report
 from dpsrl.rewards import Scorer, check_function
 from dpsrl.screen import Screen
 from dpsrl.selection import build_selector
+from dpsrl.selection.outcomes import OutcomeRule
 from dpsrl.types import Group, Sequence, UserError
 
 MAX_CANARY_TOKENS = 256
@@ -44,7 +46,7 @@ MAX_CANARY_TOKENS = 256
 
 @dataclass
 class Run:
-    """The parts of a run, and how many rollouts it has generated."""
+    """The parts of a run, the admitted groups not yet trained on, and counts of rollouts generated and trained on."""
 
     config: Config
     folder: RunFolder
@@ -58,7 +60,10 @@ class Run:
     benchmarks: Benchmarks
     metrics: Metrics
     group_log: GroupLog
+    outcome_rule: OutcomeRule
+    admitted: dict[int, Group] = field(default_factory=dict)
     num_rollouts: int = 0
+    num_trained: int = 0
 
 
 def train(run: Run) -> None:
@@ -83,11 +88,13 @@ def train_step(run: Run, step: int) -> None:
     config, metrics = run.config, run.metrics
     with metrics.timer("time/select_ms"):
         selected = run.controller.select()
-    groups = generate(run, step, selected)
+    generate(run, step, selected)
     with metrics.timer("time/select_ms"):
         metrics.add(run.controller.observe())
         metrics.add({f"selection/occupancy/{state}": n for state, n in run.controller.occupancy().items()})
-    sequences = sequences_of(groups, config, step)
+    sequences = sequences_of(batch_of(run, step), config, step)
+    run.num_trained += len(sequences)
+    metrics.add({"rollout/num_trained": run.num_trained})
     if len(sequences) >= config.train.num_updates:
         with metrics.timer("time/train_s"):
             layout = lay_out(
@@ -97,34 +104,50 @@ def train_step(run: Run, step: int) -> None:
             metrics.add({"train/padding_share": padding_share(layout)})
             metrics.add({f"train/{name}": value for name, value in run.trainers.train_step(layout).items()})
     else:
-        run.screen.line(f"step {step}: no update, because only {len(sequences)} rollouts have a reward")
+        run.screen.line(f"warning: step {step} has no update, because only {len(sequences)} rollouts can be trained on")
     with metrics.timer("time/sync_s"):
         metrics.add({"sync/canary_diff": run.weights.send(step), "sync/policy_version": step})
 
 
-def generate(run: Run, step: int, selected: list[tuple[int, float]]) -> list[Group]:
-    """The admitted groups of a step, in the order in which their prompts were selected."""
+def generate(run: Run, step: int, selected: list[tuple[int, float]]) -> None:
+    """Rolls out the selected prompts and those that admission asks for on top; `run.admitted` gets what is admitted."""
     config, metrics = run.config, run.metrics
     predicted = dict(selected)
     groups: list[Group] = []
-    admitted: dict[int, Group] = {}
     run.groups.score_s = 0.0
     started = time.monotonic()
     for group, _ in run.groups.stream(
         predicted, num_rollouts=config.rollout.num_rollouts, temperature=config.rollout.temperature,
         purpose=TRAINING, step=step,
     ):  # fmt: skip
-        (kept,) = run.controller.admit([Outcome(group.index, group.num_solved, group.num_scored)])
-        run.group_log.write(step, group, kept, predicted[group.index])
+        counts = run.outcome_rule.counts(group.rewards_G)
+        (admitted,) = run.controller.admit([Outcome(group.index, *counts, group.policy_version)])
+        run.group_log.write(step, group, counts, admitted, predicted[group.index])
         groups.append(group)
-        if kept:
-            admitted[group.index] = group
+        if admitted:
+            run.admitted[group.index] = group
+        elif more := dict(run.controller.refill()):
+            predicted |= more
+            run.groups.add(more)
     elapsed_s = time.monotonic() - started
     metrics.add({"time/generate_s": elapsed_s - run.groups.score_s, "time/score_s": run.groups.score_s})
     run.num_rollouts += sum(len(group.rollouts) for group in groups)
-    metrics.add(rollout_metrics(groups) | {"rollout/num_rollouts": run.num_rollouts})
-    metrics.add({"selection/predicted_share": float(np.mean(list(predicted.values())))})
-    return [admitted[index] for index in predicted if index in admitted]
+    metrics.add({"rollout/num_rollouts": run.num_rollouts})
+    if groups:
+        metrics.add(rollout_metrics(groups) | {"selection/predicted_share": float(np.mean(list(predicted.values())))})
+
+
+def batch_of(run: Run, step: int) -> list[Group]:
+    """The groups that the step is trained on; says so when the cap on rollouts left it short of a batch."""
+    groups = [run.admitted.pop(index) for index in run.controller.trained()]
+    if run.config.selection.admission != "all" and len(groups) < run.config.train.batch:
+        short = run.config.train.batch - len(groups)
+        run.metrics.add({"selection/num_short": short})
+        run.screen.line(
+            f"warning: step {step} has {len(groups)} mixed groups of the {run.config.train.batch} wanted: no more "
+            f"prompts were left to roll out, or selection.max_rounds={run.config.selection.max_rounds} was reached"
+        )
+    return groups
 
 
 def rollout_metrics(groups: list[Group]) -> dict[str, float]:
@@ -179,12 +202,25 @@ def save(run: Run, step: int) -> None:
 
 def selector_config(config: Config) -> dict[str, Any]:
     """`build_selector`'s arguments: the method, and those options that are not left to it."""
-    options = {name: value for name, value in vars(config.selection).items() if value is not None}
-    del options["admission"]
-    return options
+    options = vars(config.selection).items()
+    return {name: value for name, value in options if value is not None and name not in CONTROLLER_KEYS}
 
 
-def preflight(config: Config) -> tuple[RunFolder, Any, PromptSet, Benchmarks]:
+def controller_arguments(config: Config, prompt_ids: list[str]) -> dict[str, Any]:
+    selection, batch = config.selection, config.train.batch
+    return {
+        "prompt_ids": prompt_ids,
+        "batch": batch,
+        "selector_config": selector_config(config),
+        "num_rollouts": config.rollout.num_rollouts,
+        "seed": config.seed,
+        "admission": selection.admission,
+        "max_rounds": selection.max_rounds,
+        "num_audit": max(1, round(selection.audit_share * batch)) if selection.audit_share else 0,
+    }
+
+
+def preflight(config: Config) -> tuple[RunFolder, Any, PromptSet, Benchmarks, Prior]:
     """Everything that can be checked before a process starts; UserError on the first fault."""
     if not config.cluster.address:
         check_resources(resource_plan(config), num_local_gpus())
@@ -200,7 +236,7 @@ def preflight(config: Config) -> tuple[RunFolder, Any, PromptSet, Benchmarks]:
             f"train.batch={config.train.batch} is larger than the data set's {len(prompts)} prompts: "
             f"set train.batch to at most {len(prompts)}"
         )
-    return folder, tokenizer, prompts, Benchmarks(config, tokenizer)
+    return folder, tokenizer, prompts, Benchmarks(config, tokenizer), read_prior(config, prompts.ids)
 
 
 def batch_arithmetic(config: Config, prompts: PromptSet) -> list[str]:
@@ -234,8 +270,9 @@ def opening_lines(config: Config, prompts: PromptSet, benchmarks: Benchmarks) ->
 
 
 def launch(
-    config: Config, folder: RunFolder, tokenizer, prompts: PromptSet, benchmarks: Benchmarks, stack: ExitStack
-) -> Run:
+    config: Config, folder: RunFolder, tokenizer, prompts: PromptSet, benchmarks: Benchmarks, prior: Prior,
+    stack: ExitStack,
+) -> Run:  # fmt: skip
     """Starts every part; `stack` ends them in reverse order."""
     stack.enter_context(benchmarks)
     reward = config.reward
@@ -249,11 +286,10 @@ def launch(
     cluster = stack.enter_context(Cluster(config, folder.logs))
     backend = transfer_backend(config)
     rollouts, trainers = RolloutPool(cluster, config, backend), TrainerPool(cluster, config, backend)
-    controller = ControllerHandle(
-        cluster, prompt_ids=prompts.ids, batch=config.train.batch, selector_config=selector_config(config),
-        num_rollouts=config.rollout.num_rollouts, seed=config.seed, admission=config.selection.admission,
-    )  # fmt: skip
+    controller = ControllerHandle(cluster, **controller_arguments(config, prompts.ids))
     trainers.start()
+    for line in start_beliefs(config, controller, prior):
+        screen.line(line)
     rollouts.policy_versions()
     weights = Weights(
         trainers, rollouts, canary_tokens(config, prompts, tokenizer), config.weight_sync.canary_tolerance, screen.line
@@ -278,17 +314,34 @@ def launch(
         benchmarks,
         metrics,
         group_log,
+        outcome_rule(config),
     )
+
+
+def start_beliefs(config: Config, controller: ControllerHandle, prior: Prior) -> list[str]:
+    """Tells the controller what is known before the first step; one sentence for each source."""
+    lines = []
+    if prior.state is not None:
+        num_known = controller.warm_start(prior.state)
+        lines.append(f"beliefs about {num_known:,} prompts are taken over from {config.selection.warm_start}")
+    if prior.rates is not None:
+        controller.anchor(*prior.rates.of_rows())
+        lines.append(prior.rates.sentence())
+    return lines
+
+
+def outcome_rule(config: Config) -> OutcomeRule:
+    return OutcomeRule(config.selection.unsolved_at, config.selection.solved_at, config.selection.min_spread)
 
 
 def run(config: Config) -> None:
     started = time.monotonic()
-    folder, tokenizer, prompts, benchmarks = preflight(config)
+    folder, tokenizer, prompts, benchmarks, prior = preflight(config)
     if config.dry_run:
         print("\n".join(opening_lines(config, prompts, benchmarks)))
         return
     with ExitStack() as stack:
-        parts = launch(config, folder, tokenizer, prompts, benchmarks, stack)
+        parts = launch(config, folder, tokenizer, prompts, benchmarks, prior, stack)
         parts.metrics.add({"time/start_s": time.monotonic() - started})
         train(parts)
         parts.screen.stage("writing the report")

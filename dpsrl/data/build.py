@@ -41,8 +41,13 @@ def _is_scorable(config: Config) -> Callable[[Any], bool] | None:
 
 
 def benchmark_prompts(name: str, config: Config, tokenizer: Any) -> PromptSet:
-    """Held-out prompts: 'countdown', 'countdown3', ..., a file in data.eval_dir, or a Hugging Face name."""
+    """Held-out prompts: 'countdown', 'countdown3', ..., a file in data.eval_dir, or a Hugging Face name.
+
+    'train' is the training prompts, for an anchor pass over them.
+    """
     data = config.data
+    if name == "train":
+        return training_prompts(config, tokenizer)
     if name.startswith("countdown"):
         numbers = data.countdown.numbers if name == "countdown" else [_count_of(name)]
         return _countdown(config, tokenizer, numbers, data.countdown.num_test, "test")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dpsrl.types import UserError
+from dpsrl.selection.options import check_choice
 
 Admission = Callable[[int, int], bool]  # (num_solved, num_scored) -> train on it?
 
@@ -18,11 +18,15 @@ def admit_all(num_solved: int, num_scored: int) -> bool:
     return num_scored > 0
 
 
-ADMISSIONS: dict[str, Admission] = {"all": admit_all}
+def admit_mixed(num_solved: int, num_scored: int) -> bool:
+    """True for groups that carry a gradient: DAPO's dynamic sampling (arXiv 2503.14476, eq. 11)."""
+    return 0 < num_solved < num_scored
+
+
+ADMISSIONS: dict[str, Admission] = {"all": admit_all, "mixed": admit_mixed}
 
 
 def build_admission(name: str) -> Admission:
     """The admission rule of that name."""
-    if name not in ADMISSIONS:
-        raise UserError(f"selection.admission is {name!r}, which is unknown; use one of: {', '.join(ADMISSIONS)}.")
+    check_choice("admission", name, ADMISSIONS)
     return ADMISSIONS[name]

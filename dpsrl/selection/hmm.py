@@ -1,14 +1,16 @@
-"""The Dirichlet hidden Markov model of DPS (arXiv 2603.10887), over all prompts at once; pure numpy, float64.
+"""The Dirichlet hidden Markov model of DPS (arXiv 2603.10887), over all entries at once; pure numpy.
 
 Owns the update equations. Knows nothing of which prompts are chosen, nor of rollouts beyond their counts.
 
-Axes: S solving states (0 unsolved, 1 partial, 2 solved), N prompts, B observed prompts.
-Prompts are the last axis, so that every operation runs over contiguous memory: at a million
-prompts this is what keeps a step near a tenth of a second.
+Axes: S solving states (0 unsolved, 1 partial, 2 solved), E entries (see `entries`), B observed prompts.
+Entries are the last axis, so that every operation runs over contiguous memory.
 
-    alpha_SSN[i, j]  Dirichlet pseudo-counts of moving to state i FROM state j; columns normalise
-    posterior_SN     belief about the state of the last step, after its observation
-    prior_SN         belief about the state of the next step, before its observation
+    gain_SSE[i, j]   what evidence added to the Dirichlet pseudo-count of moving to state i FROM state j, at the
+                     prompt's last observation. n steps later the count is alpha0 + decay^n gain: the published
+                     recursion alpha <- decay alpha + (1 - decay) alpha0 in closed form, so that the counts of
+                     idle prompts are never rewritten. Columns normalise
+    posterior_SE     belief about the state of the last step, after its observation
+    prior_SE         belief about the state of the next step, before its observation
 """
 
 from __future__ import annotations
@@ -17,6 +19,9 @@ import numpy as np
 
 NUM_STATES = 3
 UNSOLVED, PARTIAL, SOLVED = range(NUM_STATES)
+
+BLOCK = 8192  # entries at a time: what one pass writes is still in the cache for the next
+KERNEL_FROM = 200_000  # entries from which compiling the kernel (seconds, once) pays
 
 
 def observed_state(num_solved_B: np.ndarray, num_rollouts_B: np.ndarray) -> np.ndarray:
@@ -40,40 +45,46 @@ def expected_transition(alpha_SSB: np.ndarray, posterior_SB: np.ndarray, state_B
     return share_SB / share_SB.sum(axis=0)
 
 
-def propagate(alpha_SSN: np.ndarray, posterior_SN: np.ndarray, prior_SN: np.ndarray) -> None:
-    """Writes prior = normalise(P posterior) into `prior_SN`, with P the mean of the Dirichlet columns."""
-    weight_SN = alpha_SSN.sum(axis=0)
-    np.divide(posterior_SN, weight_SN, out=weight_SN)
-    np.einsum("ijn,jn->in", alpha_SSN, weight_SN, out=prior_SN)
-    prior_SN /= prior_SN.sum(axis=0)  # rounding only: without it the error of idle prompts adds up over steps
+def propagate(alpha_SSE: np.ndarray, posterior_SE: np.ndarray) -> np.ndarray:
+    """normalise(P posterior), (S, E), with P the mean of the Dirichlet columns."""
+    prior_SE = np.einsum("ijn,jn->in", alpha_SSE, posterior_SE / alpha_SSE.sum(axis=0))
+    return prior_SE / prior_SE.sum(axis=0)  # rounding only: without it the error of idle prompts adds up over steps
 
 
-def dps_update(
-    alpha_SSN: np.ndarray,
-    posterior_SN: np.ndarray,
-    prior_SN: np.ndarray,
-    ids_B: np.ndarray,
-    state_B: np.ndarray,
+def propagate_all(
+    gain_SSE: np.ndarray,
+    last_E: np.ndarray,
+    clock: int,
+    powers: np.ndarray,
     alpha0_SS: np.ndarray,
-    decay: float,
+    posterior_SE: np.ndarray,
+    prior_SE: np.ndarray,
 ) -> None:
-    """One step of the clock for every prompt, in place, in the published order.
+    """Writes the prior of the next step into `prior_SE` for every entry.
 
-    1. posterior: certainty on the observed state; for the other prompts the prior stands in.
-    2. transition counts: alpha <- decay alpha + (1 - decay) alpha0, plus, for observed prompts,
-       the expected move from the previous posterior (under the counts before the decay).
-    3. prior of the next step, from the new counts.
-
-    `ids_B` distinct; `decay` in [0, 1] (the paper's lambda): 1 forgets nothing, 0 keeps only the last move.
+    last_E: clock of each prompt's last observation; powers[n] = decay^n, its last stands for all beyond.
     """
-    move_SB = expected_transition(alpha_SSN[:, :, ids_B], posterior_SN[:, ids_B], state_B)
+    if prior_SE.shape[1] >= KERNEL_FROM:
+        kernel = compiled_kernel()
+        if kernel is not None:
+            kernel(gain_SSE, last_E, clock, powers, alpha0_SS, posterior_SE, prior_SE)
+            return
+    for start in range(0, prior_SE.shape[1], BLOCK):
+        part = slice(start, start + BLOCK)
+        scale_E = powers[np.minimum(clock - last_E[part], powers.size - 1)]
+        alpha_SSE = gain_SSE[:, :, part] * scale_E + alpha0_SS[:, :, None]
+        prior_SE[:, part] = propagate(alpha_SSE, posterior_SE[:, part])
 
-    np.copyto(posterior_SN, prior_SN)
-    posterior_SN[:, ids_B] = 0.0
-    posterior_SN[state_B, ids_B] = 1.0
 
-    alpha_SSN *= decay
-    alpha_SSN += (1.0 - decay) * alpha0_SS[:, :, None]
-    alpha_SSN[state_B, :, ids_B] += move_SB.T
+def compiled_kernel():
+    """`propagate_all` in one pass over memory, on all cores; None without numba."""
+    if "kernel" not in _COMPILED:
+        try:
+            from dpsrl.selection.kernel import propagate_all as kernel
+        except ImportError:
+            kernel = None
+        _COMPILED["kernel"] = kernel
+    return _COMPILED["kernel"]
 
-    propagate(alpha_SSN, posterior_SN, prior_SN)
+
+_COMPILED: dict = {}

@@ -1,7 +1,8 @@
-"""What a prompt is worth: one number per prompt, higher is picked first. numpy only.
+"""What a prompt is worth: one number per entry, higher is picked first. numpy only.
 
-A score reads the belief and how often each prompt was selected; it owns its options and no state.
-Its options are its keyword-only arguments, as for beliefs.
+A score reads the belief and how often each prompt was selected; it owns its options and no state. `needs` names what
+the belief must give beyond `predict`; `of_rate`, where there is one, is the score of a prompt whose pass rate is known,
+which is what a pick that draws pass rates from the belief ranks on.
 """
 
 from __future__ import annotations
@@ -11,45 +12,85 @@ from typing import Protocol
 import numpy as np
 
 from dpsrl.selection import hmm
-from dpsrl.selection.beliefs import Belief, is_number
-from dpsrl.types import UserError
+from dpsrl.selection.beliefs import Belief
+from dpsrl.selection.options import check_number, check_share
 
 
 class Score(Protocol):
-    """float64 (N,). Reads its arguments and changes neither."""
+    """float (E,). Reads its arguments and changes neither."""
 
-    def __call__(self, belief: Belief, num_selected_N: np.ndarray) -> np.ndarray: ...
+    needs: tuple[str, ...]
+
+    def __call__(self, belief: Belief, num_selected_E: np.ndarray) -> np.ndarray: ...
 
 
 class PartialScore:
     """P(partial) + entropy_weight * H(prior), the score of DPS; H in nats, so at most 1.0986.
 
+    For a belief about pass rates P(partial) is E[1 - p^n - (1 - p)^n], the chance of a mixed group of n.
+
     entropy_weight: any finite number; 0 is the published default, and it leaves H out altogether.
     """
 
-    def __init__(self, *, entropy_weight: float = 0.0) -> None:
-        if not is_number(entropy_weight) or not np.isfinite(entropy_weight):
-            raise UserError(f"selection option 'entropy_weight' is {entropy_weight!r}; it must be a finite number.")
-        self.entropy_weight = float(entropy_weight)
+    needs = ()
 
-    def __call__(self, belief: Belief, num_selected_N: np.ndarray) -> np.ndarray:
-        prior_NS = belief.predict()
-        score_N = prior_NS[:, hmm.PARTIAL].copy()
-        if self.entropy_weight:
-            score_N += self.entropy_weight * entropy(prior_NS)
-        return score_N
+    def __init__(self, *, entropy_weight: float = 0.0) -> None:
+        self.entropy_weight = check_number("entropy_weight", entropy_weight)
+
+    def __call__(self, belief: Belief, num_selected_E: np.ndarray) -> np.ndarray:
+        prior_ES = belief.predict()
+        if not self.entropy_weight:
+            return prior_ES[:, hmm.PARTIAL]
+        return prior_ES[:, hmm.PARTIAL] + self.entropy_weight * entropy(prior_ES)
+
+
+class VarianceScore:
+    """4 E[p (1 - p)], in [0, 1]: the expected variance of a reward, as a share of the greatest there can be."""
+
+    needs = ("variance",)
+
+    def __call__(self, belief: Belief, num_selected_E: np.ndarray) -> np.ndarray:
+        return 4.0 * belief.variance()
+
+    def of_rate(self, rate: np.ndarray) -> np.ndarray:
+        return 4.0 * rate * (1.0 - rate)
+
+
+class TargetScore:
+    """-(p - target_rate)^2 of the expected pass rate p: nearest to the target first.
+
+    target_rate: in [0, 1].
+    """
+
+    needs = ("rate",)
+
+    def __init__(self, *, target_rate: float = 0.5) -> None:
+        self.target_rate = check_share("target_rate", target_rate)
+
+    def __call__(self, belief: Belief, num_selected_E: np.ndarray) -> np.ndarray:
+        return self.of_rate(belief.rate())
+
+    def of_rate(self, rate: np.ndarray) -> np.ndarray:
+        return -((rate - self.target_rate) ** 2)
 
 
 class LeastSelected:
     """Minus the times selected: with random ties, every prompt comes once before any comes twice."""
 
-    def __call__(self, belief: Belief, num_selected_N: np.ndarray) -> np.ndarray:
-        return -num_selected_N.astype(np.float64)
+    needs = ()
+
+    def __call__(self, belief: Belief, num_selected_E: np.ndarray) -> np.ndarray:
+        return -num_selected_E.astype(np.float64)
 
 
-SCORES: dict[str, type] = {"partial": PartialScore, "least_selected": LeastSelected}
+SCORES: dict[str, type] = {
+    "partial": PartialScore,
+    "variance": VarianceScore,
+    "target": TargetScore,
+    "least_selected": LeastSelected,
+}
 
 
-def entropy(probs_NS: np.ndarray) -> np.ndarray:
-    """Shannon entropy of each row in nats, (N,); a probability of 0 adds 0."""
-    return -(probs_NS * np.log(np.where(probs_NS > 0, probs_NS, 1.0))).sum(axis=1)
+def entropy(probs_ES: np.ndarray) -> np.ndarray:
+    """Shannon entropy of each row in nats, (E,); a probability of 0 adds 0."""
+    return -(probs_ES * np.log(np.where(probs_ES > 0, probs_ES, 1.0))).sum(axis=1)

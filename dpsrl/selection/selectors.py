@@ -1,75 +1,135 @@
 """Selectors: belief x score x pick plus one random generator; the published methods are presets of the three.
 
-Owns how often each prompt was selected and the generator. Knows nothing of rollouts, admission or
-prompts in flight: the caller passes those as `exclude`. numpy only.
+Owns the clock, the generator, which prompts were touched, and how often and when each was selected. Knows nothing of
+rollouts, admission or prompts in flight: the caller passes those as `exclude`. numpy only.
 """
 
 from __future__ import annotations
 
-import difflib
 import inspect
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from dpsrl.selection.beliefs import BELIEFS, Belief
-from dpsrl.selection.picks import PICKS, Pick
+from dpsrl.selection.entries import FRESH, Entries
+from dpsrl.selection.options import check_choice, check_count, check_share, nearest
+from dpsrl.selection.picks import PICKS, Choices, Pick, top_k
 from dpsrl.selection.scores import SCORES, Score
 from dpsrl.types import UserError
 
-METHODS: dict[str, dict[str, str]] = {
+# The pieces of each method, and the options in which it differs from its pieces' own defaults.
+METHODS: dict[str, dict[str, Any]] = {
     "dps": {"belief": "dirichlet_hmm", "score": "partial", "pick": "top_k"},
     "uniform": {"belief": "none", "score": "least_selected", "pick": "top_k"},
 }
 PIECES: dict[str, dict[str, type]] = {"belief": BELIEFS, "score": SCORES, "pick": PICKS}
+SELECTOR_OPTIONS = {"quota"}
+MAX_TIMES_SELECTED = np.iinfo(np.uint16).max
 
 
 class Selector:
     """Chooses prompts and learns from how they went. Build it with `build_selector`.
 
-    N prompts are known by their row, 0 to N - 1. `select` may be called any number of times per
-    step; `observe` is called once, and moves every belief one step on.
+    N prompts are known by their row, 0 to N - 1. `select` may be called any number of times per step; `observe` is
+    called once, and moves the clock, and with it every belief, one step on.
+
+    quota: share of every batch, in [0, 1], that goes to the prompts longest unselected, whatever their score.
     """
 
-    def __init__(self, belief: Belief, score: Score, pick: Pick, num_prompts: int, seed: int) -> None:
+    def __init__(
+        self, belief: Belief, score: Score, pick: Pick, num_prompts: int, seed: int, *, quota: float = 0.0
+    ) -> None:
         self.belief = belief
         self.num_prompts = num_prompts
-        self.num_selected_N = np.zeros(num_prompts, dtype=np.int64)
+        self.quota = check_share("quota", quota)
+        self.clock = 0
         self._score = score
         self._pick = pick
+        self._entries = Entries(num_prompts)
+        self._num_selected_E = np.zeros(num_prompts + 1, dtype=np.uint16)
+        self._last_selected_E = np.zeros(num_prompts + 1, dtype=np.int32)
         self._generator = np.random.Generator(np.random.PCG64(seed))
+        self._table_NS: np.ndarray | None = None  # what `predict` gave last
+
+    @property
+    def num_selected_N(self) -> np.ndarray:
+        """How often each prompt was selected, int64 (N,)."""
+        return self._num_selected_E[self._entries.entry_N].astype(np.int64)
+
+    @property
+    def coverage(self) -> float:
+        """Share of the prompts selected at least once."""
+        return float(np.count_nonzero(self._num_selected_E[1 : self._entries.num])) / self.num_prompts
+
+    def uses(self) -> np.ndarray:
+        """How often each prompt that was ever touched was selected, (E - 1,)."""
+        return self._num_selected_E[1 : self._entries.num]
 
     def select(self, num_picks: int, exclude: Iterable[int] | None = None) -> np.ndarray:
         """int64 (num_picks,), distinct, best first, none of `exclude`. Counts them as selected."""
-        score_N = self.score()
-        if exclude is not None:
-            excluded = self._rows(list(exclude), "exclude")
-            score_N[excluded] = -np.inf
-        num_available = self.num_prompts if exclude is None else int((score_N > -np.inf).sum())
+        excluded = np.empty(0, dtype=np.int64) if exclude is None else np.unique(self._rows(list(exclude), "exclude"))
+        num_available = self.num_prompts - excluded.size
         if not 1 <= num_picks <= num_available:
             raise UserError(
                 f"cannot select {num_picks} prompts: {num_available} of {self.num_prompts} are available; "
                 "ask for fewer, or bring more prompts."
             )
-        ids = self._pick(score_N, num_picks, self._generator)
-        self.num_selected_N[ids] += 1
+        blocked = self._touch(excluded)
+        num_due = round(self.quota * num_picks)
+        entries = self._longest_unselected(num_due, blocked) if num_due else blocked[:0]
+        if num_picks > num_due:
+            taken = entries[entries != FRESH]
+            choices = Choices(
+                self._score,
+                self.belief,
+                self._num_selected_E[: self._entries.num],
+                np.concatenate([blocked, taken]),
+                self._entries.num_fresh - (entries.size - taken.size),
+            )
+            entries = np.concatenate([self._pick(choices, num_picks - num_due, self._generator), entries])
+        return self._take(entries)
+
+    def mark_selected(self, ids: np.ndarray) -> None:
+        """Counts rows that the caller chose by himself as selected now, as `select` counts its own."""
+        entries = self._touch(self._rows(ids, "ids"))
+        times_B = self._num_selected_E[entries]
+        self._num_selected_E[entries] = np.minimum(times_B, MAX_TIMES_SELECTED - 1) + 1
+        self._last_selected_E[entries] = self.clock
+
+    def _take(self, entries: np.ndarray) -> np.ndarray:
+        """The rows of the picks, a fresh prompt drawn for every 0 among them."""
+        ids = self._entries.row_E[entries].astype(np.int64)
+        fresh = entries == FRESH
+        ids[fresh] = self._entries.draw_fresh(int(fresh.sum()), self._generator)
+        self.mark_selected(ids)
         return ids
 
-    def observe(self, ids: np.ndarray, num_solved: np.ndarray, num_rollouts: np.ndarray) -> None:
+    def _longest_unselected(self, num_picks: int, blocked: np.ndarray) -> np.ndarray:
+        """Entries: fresh prompts as long as there are any, then those selected longest ago, ties at random."""
+        num_fresh = min(num_picks, self._entries.num_fresh)
+        age_E = self.clock - self._last_selected_E[: self._entries.num].astype(np.float64)
+        age_E[0] = np.inf
+        return top_k(age_E, num_fresh, num_picks, self._generator, blocked)
+
+    def observe(self, ids: np.ndarray, num_solved: np.ndarray, num_rollouts: np.ndarray, lag: Any = 0) -> None:
         """Learns from one step's groups and moves the clock on by one step.
 
-        Integers (B,) each. `num_rollouts` counts the rollouts that have a reward and may differ
-        between prompts; a prompt with 0 of them is no evidence. Rows outside the data, a row
-        twice, or counts outside 0 <= num_solved <= num_rollouts are a ValueError.
+        Integers (B,) each. `num_rollouts` counts the rollouts that have a reward and may differ between prompts; a
+        prompt with 0 of them is no evidence. lag: how many steps before this one each group was sampled, one number
+        or (B,): evidence enters the belief at the policy version that made it. Rows outside the data, a row twice,
+        or counts outside 0 <= num_solved <= num_rollouts are a ValueError.
         """
         ids_B = self._rows(ids, "ids")
         num_solved_B = integers(num_solved, "num_solved")
         num_rollouts_B = integers(num_rollouts, "num_rollouts")
-        if not ids_B.shape == num_solved_B.shape == num_rollouts_B.shape:
+        lag_B = integers(np.full(ids_B.shape, lag) if np.ndim(lag) == 0 else lag, "lag")
+        if not ids_B.shape == num_solved_B.shape == num_rollouts_B.shape == lag_B.shape:
             raise ValueError(
-                "ids, num_solved and num_rollouts must be of one length; "
-                f"they have {ids_B.size}, {num_solved_B.size} and {num_rollouts_B.size} entries."
+                "ids, num_solved, num_rollouts and lag must be of one length; "
+                f"they have {ids_B.size}, {num_solved_B.size}, {num_rollouts_B.size} and {lag_B.size} entries."
             )
         if np.unique(ids_B).size != ids_B.size:
             raise ValueError("a prompt is observed twice in one step; join its rollouts into one group first.")
@@ -80,25 +140,83 @@ class Selector:
                 f"prompt {ids_B[row]} has {num_solved_B[row]} solved of {num_rollouts_B[row]} rollouts; "
                 "it must be 0 <= num_solved <= num_rollouts."
             )
+        if (lag_B < 0).any() or (lag_B > self.clock).any():
+            raise ValueError(
+                f"lag holds {lag_B.min()} to {lag_B.max()}; it must be from 0 to the {self.clock} steps past."
+            )
         seen = num_rollouts_B > 0
-        self.belief.observe(ids_B[seen], num_solved_B[seen], num_rollouts_B[seen])
+        entries_B = self._touch(ids_B)[seen]
+        self.belief.observe(entries_B, num_solved_B[seen], num_rollouts_B[seen], (self.clock - lag_B)[seen])
+        self.clock += 1
+        self.belief.advance(self.clock)
 
-    def predict(self) -> np.ndarray:
-        """P(unsolved), P(partial), P(solved) at the next step; float64 (N, 3), rows sum to 1.
+    def predict(self, ids: np.ndarray | None = None) -> np.ndarray:
+        """P(unsolved), P(partial), P(solved) of a group at the next step; float (N, 3), rows sum to 1, read-only.
 
-        A third each where the method keeps no belief, as `uniform`.
+        A third each where the method keeps no belief, as `uniform`. The table is kept, so that asking again costs
+        what was touched since and not N; one that somebody still holds is left as it was. ids: those rows alone.
         """
-        return self.belief.predict()
+        now_ES = self.belief.predict()
+        if ids is not None:
+            return now_ES[self._entries.entry_N[self._rows(ids, "ids")]]
+        held = self._table_NS is None or sys.getrefcount(self._table_NS) > self._table_references
+        if held or not np.array_equal(self._table_fresh_S, now_ES[0]):
+            self._table_NS = self._per_prompt(now_ES)
+            self._table_references = sys.getrefcount(self._table_NS)
+            self._table_fresh_S = now_ES[0].copy()
+        else:
+            self._table_NS[self._entries.row_E[1 : self._entries.num]] = now_ES[1:]
+        table_NS = self._table_NS.view()
+        table_NS.flags.writeable = False
+        return table_NS
+
+    def predict_partial(self, ids: np.ndarray) -> np.ndarray:
+        """P(partial) of the rows given, (B,): what `predict` says of them, without a table of all prompts."""
+        return self.belief.predict()[self._entries.entry_N[self._rows(ids, "ids")], 1]
 
     def score(self) -> np.ndarray:
-        """float64 (N,): what `select` ranks on, higher first."""
-        return self._score(self.belief, self.num_selected_N)
+        """float (N,): what `select` ranks on, higher first (a pick that draws at random adds to it)."""
+        return self._per_prompt(self._score(self.belief, self._num_selected_E[: self._entries.num]))
+
+    def _per_prompt(self, value_E: np.ndarray) -> np.ndarray:
+        """A copy with one row per prompt, out of one per entry."""
+        return np.take(value_E, self._entries.entry_N, axis=0)
+
+    def _touch(self, rows_B: np.ndarray) -> np.ndarray:
+        before = self._entries.num
+        entries_B = self._entries.touch(rows_B)
+        if self._entries.num > before:
+            self._num_selected_E[before : self._entries.num] = 0
+            self._last_selected_E[before : self._entries.num] = 0
+            self.belief.grow(self._entries.num)
+        return entries_B
+
+    def adopt(self, state: dict[str, np.ndarray], row_of_theirs: np.ndarray) -> int:
+        """Takes over another selector's beliefs: its row r is row `row_of_theirs[r]` here, or is unknown here if -1.
+
+        Use counts and the generator stay this selector's own. Returns how many prompts were taken over.
+        """
+        own = self.state_dict()
+        rows = row_of_theirs[np.asarray(state["row"])]
+        rows[0] = 0
+        kept = np.flatnonzero(rows >= 0)
+        per_entry = self._entry_arrays()
+        taken = {name: array[..., kept] if name in per_entry else array for name, array in state.items()}
+        taken |= {"row": rows[kept].astype(np.int32), "num_prompts": own["num_prompts"], "generator": own["generator"]}
+        taken |= {name: np.zeros_like(taken[name]) for name in ("num_selected", "last_selected")}
+        self.load_state_dict(taken)
+        return kept.size - 1
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Everything that changes over a run, as numpy arrays (copies); options are not state."""
-        return {name: array.copy() for name, array in self._arrays().items()} | {
-            "generator": generator_to_array(self._generator)
+        used = self._entries.num
+        shared = {
+            "num_prompts": np.array(self.num_prompts),
+            "clock": np.array(self.clock),
+            "generator": generator_to_array(self._generator),
         }
+        shared |= {f"belief.{name}": array.copy() for name, array in self.belief.shared_arrays().items()}
+        return shared | {name: array[..., :used].copy() for name, array in self._entry_arrays().items()}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         """Goes on where `state` was taken. Checks all of it before changing anything."""
@@ -108,20 +226,42 @@ class Selector:
                 f"the selector's state has keys {sorted(state)} where {sorted(own)} are needed; "
                 "it was saved by another selection method or version."
             )
+        per_entry = self._entry_arrays()
+        used = np.asarray(state["row"]).size
         for name, array in own.items():
             given = np.asarray(state[name])
-            if given.shape != array.shape or given.dtype != array.dtype:
+            shape = (*array.shape[:-1], used) if name in per_entry else array.shape
+            if given.shape != shape or given.dtype != array.dtype or (name == "num_prompts" and given != array):
                 raise UserError(
-                    f"the selector's state '{name}' is {given.dtype} {given.shape}, but "
-                    f"{array.dtype} {array.shape} is needed; it was saved with another data set."
+                    f"the selector's state '{name}' is {describe(given)}, but {array.dtype} {shape} "
+                    f"of {self.num_prompts} prompts is needed; it was saved with another data set."
                 )
-        for name, array in self._arrays().items():
-            np.copyto(array, state[name])
+        row_E = np.asarray(state["row"])
+        if not 1 <= used <= self.num_prompts + 1 or np.unique(row_E[1:]).size != used - 1 or row_E.min() < 0:
+            raise UserError("the selector's state 'row' does not hold distinct rows; the file is damaged.")
+        if row_E.max() >= self.num_prompts:
+            raise UserError(
+                f"the selector's state 'row' holds {row_E.max()}, but there are {self.num_prompts} prompts."
+            )
+        self.belief.grow(used)
+        for name, array in per_entry.items():
+            array[..., :used] = state[name]
+        for name, array in self.belief.shared_arrays().items():
+            np.copyto(array, state[f"belief.{name}"])
+        self._entries.load(row_E)
+        self._table_NS = None
+        self.clock = int(state["clock"])
+        self.belief.resume(self.clock)
         array_to_generator(state["generator"], self._generator)
 
-    def _arrays(self) -> dict[str, np.ndarray]:
-        belief = {f"belief.{name}": array for name, array in self.belief.arrays().items()}
-        return {"num_selected": self.num_selected_N} | belief
+    def _entry_arrays(self) -> dict[str, np.ndarray]:
+        """What is kept per entry, at full length, by its name in the state."""
+        own = {
+            "row": self._entries.row_E,
+            "num_selected": self._num_selected_E,
+            "last_selected": self._last_selected_E,
+        }
+        return own | {f"belief.{name}": array for name, array in self.belief.entry_arrays().items()}
 
     def _rows(self, values: Any, name: str) -> np.ndarray:
         rows = integers(values, name)
@@ -148,26 +288,32 @@ def build_selector(
 
     method: a key of METHODS; `belief`, `score` and `pick` replace its pieces, by name.
     num_rollouts: the usual size of a group, at least 2.
-    options: what the chosen pieces take. Unknown ones, ones without effect and values out of
-    range are a UserError, so building a selector for one prompt is a check of a configuration.
+    options: what the chosen pieces take, and `quota`. Unknown ones, ones without effect, values out of range and
+    pieces that do not go together are a UserError, so building a selector for one prompt is a check of a
+    configuration.
     """
     check_choice("method", method, METHODS)
     check_count("num_prompts", num_prompts, 1)
     check_count("num_rollouts", num_rollouts, 2)
     check_count("seed", seed, 0)
+    preset = METHODS[method]
     replaced = {"belief": belief, "score": score, "pick": pick}
-    chosen = METHODS[method] | {piece: name for piece, name in replaced.items() if name is not None}
+    chosen = {piece: preset[piece] if name is None else name for piece, name in replaced.items()}
     for piece, name in chosen.items():
         check_choice(piece, name, PIECES[piece])
     classes = {piece: PIECES[piece][name] for piece, name in chosen.items()}
     check_options(options, method, chosen)
+    check_fit(chosen, classes)
+    defaults = {name: value for name, value in preset.items() if name not in PIECES}
+    options = {name: value for name, value in defaults.items() if name in used_options(chosen)} | options
     own = {piece: {k: options[k] for k in options_of(cls) & options.keys()} for piece, cls in classes.items()}
     return Selector(
-        classes["belief"](num_prompts, **own["belief"]),
+        classes["belief"](num_prompts + 1, num_rollouts, **own["belief"]),
         classes["score"](**own["score"]),
         classes["pick"](**own["pick"]),
         num_prompts,
         seed,
+        **{name: options[name] for name in SELECTOR_OPTIONS & options.keys()},
     )
 
 
@@ -179,34 +325,50 @@ def options_of(cls: type) -> set[str]:
     return {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
 
 
+def used_options(chosen: dict[str, str]) -> set[str]:
+    """The options that the chosen pieces read."""
+    return SELECTOR_OPTIONS | {name for piece, choice in chosen.items() for name in options_of(PIECES[piece][choice])}
+
+
 def check_options(options: dict[str, Any], method: str, chosen: dict[str, str]) -> None:
     """Refuses options that no piece knows, and options that the chosen pieces do not read."""
-    known = {name for classes in PIECES.values() for cls in classes.values() for name in options_of(cls)}
-    used = {name for piece, choice in chosen.items() for name in options_of(PIECES[piece][choice])}
+    known = SELECTOR_OPTIONS | {
+        name for classes in PIECES.values() for cls in classes.values() for name in options_of(cls)
+    }
     for name in options:
         if name not in known:
             raise UserError(f"selection option {name!r} is unknown; {nearest(name, known | PIECES.keys())}.")
-        if name not in used:
+        if name not in used_options(chosen):
             pieces = ", ".join(f"{piece} '{choice}'" for piece, choice in chosen.items())
             raise UserError(f"selection option '{name}' has no effect with method '{method}' ({pieces}); remove it.")
 
 
-def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
-    choices = list(choices)
-    if value not in choices:
-        raise UserError(f"selection {name} {value!r} is unknown; {nearest(str(value), choices)}.")
+def check_fit(chosen: dict[str, str], classes: dict[str, type]) -> None:
+    """Refuses a score or pick with a belief that lacks what it reads."""
+    belief, score, pick = classes["belief"], classes["score"], classes["pick"]
+    needed = [("score", need, "belief", belief) for need in score.needs]
+    needed += [("pick", need, "belief", belief) for need in pick.needs]
+    needed += [("pick", need, "score", score) for need in pick.score_needs]
+    for piece, need, giver, cls in needed:
+        if not hasattr(cls, need):
+            able = sorted(name for name, other in PIECES[giver].items() if hasattr(other, need))
+            raise UserError(
+                f"selection {piece} '{chosen[piece]}' cannot work with {giver} '{chosen[giver]}', "
+                f"which has no {WORDS[need]}; use {giver} {' or '.join(able)}."
+            )
 
 
-def check_count(name: str, value: object, lowest: int) -> None:
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < lowest:
-        raise UserError(f"selection {name} is {value!r}; it must be a whole number of at least {lowest}.")
+WORDS = {
+    "rate": "expected pass rate",
+    "variance": "expected variance",
+    "spread": "uncertainty of the chance of a mixed group",
+    "draw": "pass rates to draw from",
+    "of_rate": "value for a drawn pass rate",
+}
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """ "did you mean 'x'?", or what there is when nothing is near."""
-    names = sorted(known)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'" if close else f"use one of: {', '.join(names)}"
+def describe(array: np.ndarray) -> str:
+    return f"{array.dtype} {array.shape}" if array.ndim else f"{array.dtype} {array}"
 
 
 def integers(values: Any, name: str) -> np.ndarray:

@@ -65,6 +65,12 @@ def test_metrics_by_hand():
             "selection/num_unscored": 0,
             "selection/mixed_share": 0.5,
             "selection/brier": (2 * 4 / 9 + 2 * 1 / 9) / 4,
+            "selection/num_generated": 4,
+            "selection/num_trained": 4,
+            "selection/num_carried": 0,
+            "selection/num_unmixed": 0,
+            "selection/uses_mean": 1,
+            "selection/uses_max": 1,
         }
     )
 
@@ -88,7 +94,13 @@ def test_a_step_in_which_nothing_comes_back():
     controller = build()
     controller.select()
     metrics = controller.observe()
-    assert metrics == {"selection/coverage": 0.4, "selection/num_lost": 4, "selection/num_unscored": 0}
+    assert {name: value for name, value in metrics.items() if value} == {
+        "selection/coverage": 0.4,
+        "selection/num_lost": 4,
+        "selection/uses_mean": 1,
+        "selection/uses_max": 1,
+    }
+    assert controller.trained() == []
 
 
 def test_occupancy_follows_the_last_observation():
@@ -177,5 +189,138 @@ def test_refused_configurations():
         build(dekay=0.5)
     with pytest.raises(ValueError, match="1 are repeated"):
         Controller(["a", "b", "a"], 1, {"method": "dps"}, num_rollouts=8, seed=0)
-    with pytest.raises(UserError, match="selection.admission is 'none'"):
+    with pytest.raises(UserError, match="selection admission 'none' is unknown"):
         Controller(["a"], 1, {"method": "dps"}, num_rollouts=8, seed=0, admission="none")
+
+
+# --- admission of mixed groups: refill, cap, carry-over ----------------------------------------------------
+
+
+def mixed_build(num_prompts=400, batch=8, max_rounds=4, method="uniform", **options):
+    ids = [f"p{i}" for i in range(num_prompts)]
+    return Controller(ids, batch, {"method": method}, 8, seed=0, admission="mixed", max_rounds=max_rounds, **options)
+
+
+def mixed_step(controller, is_mixed, rng, one_by_one=True):
+    """One step in which groups come back in random order; returns (indices rolled out, trained, metrics)."""
+    waiting = [index for index, _ in controller.select()]
+    rolled_out = list(waiting)
+    while waiting:
+        rng.shuffle(waiting)
+        back = [waiting.pop()] if one_by_one else [waiting.pop() for _ in range(len(waiting))]
+        controller.admit([Outcome(index, 4 if is_mixed(index) else 0, 8) for index in back])
+        more = [index for index, _ in controller.refill()]
+        waiting += more
+        rolled_out += more
+    metrics = controller.observe()
+    return rolled_out, controller.trained(), metrics
+
+
+@pytest.mark.parametrize("one_by_one", [True, False])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_refill_fills_the_batch_and_every_group_is_accounted_for(share, one_by_one):
+    rng = np.random.default_rng(0)
+    mixed_N = rng.random(400) < share
+    controller = mixed_build(max_rounds=100)
+    carried, wasted = [], 0
+    for _ in range(25):
+        rolled_out, trained, metrics = mixed_step(controller, mixed_N.__getitem__, rng, one_by_one)
+        assert len(set(rolled_out)) == len(rolled_out) and not set(rolled_out) & set(carried)
+        assert len(trained) == len(set(trained)) == 8 and mixed_N[trained].all()
+        assert trained[: len(carried)] == carried[:8]
+        ready = [*carried, *(i for i in rolled_out if mixed_N[i])]
+        carried = [index for index in carried + sorted(rolled_out) if index in ready and index not in trained]
+        assert metrics["selection/num_carried"] == len(carried)
+        assert metrics["selection/num_generated"] == len(rolled_out)
+        assert metrics["selection/num_unmixed"] == sum(not mixed_N[i] for i in rolled_out)
+        wasted += len(carried)
+    assert wasted / 25 < 8  # less than a batch waits at any time
+
+
+def test_at_the_cap_it_trains_on_what_there_is():
+    controller = mixed_build(max_rounds=3)
+    rolled_out, trained, metrics = mixed_step(controller, lambda index: index < 20, np.random.default_rng(1))
+    assert len(rolled_out) == 3 * 8
+    assert sorted(trained) == sorted(i for i in rolled_out if i < 20)
+    assert metrics["selection/num_trained"] == len(trained) < 8
+
+
+@pytest.mark.parametrize("num_prompts", [8, 11, 400])
+def test_nothing_is_ever_mixed(num_prompts):
+    controller = mixed_build(num_prompts=num_prompts)
+    for _ in range(300):
+        rolled_out, trained, metrics = mixed_step(controller, lambda index: False, np.random.default_rng(0), False)
+        assert trained == [] and len(rolled_out) == len(set(rolled_out)) == min(32, num_prompts)
+        assert metrics["selection/num_unmixed"] == len(rolled_out)
+
+
+def test_everything_is_mixed_asks_for_no_more_than_a_batch():
+    controller = mixed_build()
+    for _ in range(5):
+        rolled_out, trained, _ = mixed_step(controller, lambda index: True, np.random.default_rng(0))
+        assert len(rolled_out) == 8 and sorted(rolled_out) == trained
+
+
+def test_all_has_no_refill():
+    controller = build()
+    controller.admit(outcomes_of(controller.select(), (0, 0, 0, 0)))
+    assert controller.refill() == []
+
+
+# --- lag, audit, prior knowledge ---------------------------------------------------------------------------
+
+
+def test_a_late_group_enters_at_the_version_that_made_it():
+    """Generation one step ahead: the belief is what it would be had the group come in time."""
+    late, in_time = build(num_prompts=4, batch=1), build(num_prompts=4, batch=1)
+    [(index, _)] = late.select()
+    late.observe(ahead=True)  # the group is still being sampled
+    assert [i for i, _ in late.in_flight] == [index]
+    late.admit([Outcome(index, 4, 8, policy_version=0)])
+    assert late.observe()["selection/mixed_share"] == 1.0
+    in_time._take_off(np.array([index]), 0)
+    in_time.admit([Outcome(index, 4, 8)])
+    in_time.observe()
+    in_time.observe()
+    np.testing.assert_allclose(late.selector.predict(), in_time.selector.predict(), atol=1e-15)
+    with pytest.raises(ValueError, match="the policy is at version 2"):
+        late._take_off(np.array([index]), 0)
+        late.admit([Outcome(index, 4, 8, policy_version=3)])
+
+
+def test_audited_prompts_are_drawn_from_all_and_judged_apart():
+    ids = [f"p{i}" for i in range(50)]
+    controller = Controller(ids, 10, {"method": "dps"}, 8, seed=0, num_audit=4)
+    counts = np.zeros(50)
+    for step in range(200):
+        selected = controller.select()
+        assert len({index for index, _ in selected}) == 10
+        counts[[index for index, _ in selected[-4:]]] += 1
+        controller.admit([Outcome(index, 4 if index < 10 else 0, 8) for index, _ in selected])
+        metrics = controller.observe()
+        assert ("selection/audit_brier" in metrics) == (step >= 4)
+    assert (abs(counts - 16) < 18).all()  # 200 draws of 4 of 50; the greedy picks are other prompts
+    assert metrics["selection/audit_mixed_share"] == pytest.approx(
+        0.2, abs=0.07
+    )  # a random choice; the chosen have more
+    assert metrics["selection/mixed_share"] > 0.5
+
+
+def test_an_anchor_pass_is_known_before_the_first_step():
+    controller = build(num_prompts=40, batch=10)
+    controller.anchor(np.arange(40), np.where(np.arange(40) < 10, 4, 0), np.full(40, 8))
+    assert sorted(index for index, _ in controller.select()) == list(range(10))
+    assert controller.selector.coverage == 0.25
+
+
+def test_a_warm_start_matches_prompts_by_id():
+    first = build(num_prompts=10, batch=10)
+    run_step(first, [4 if i % 2 else 0 for i, _ in build(num_prompts=10, batch=10).select()])
+    second = Controller([f"p{i}" for i in (12, 7, 3, 11, 4)], 2, {"method": "dps"}, 8, seed=5)
+    assert second.warm_start(first.state_dict()) == 3
+    old, new = first.selector.predict(), second.selector.predict()
+    np.testing.assert_array_equal(new[[1, 2, 4]], old[[7, 3, 4]])
+    np.testing.assert_array_equal(new[[0, 3]], 1 / 3)
+    assert second.selector.coverage == 0
+    with pytest.raises(UserError, match="another selection method"):
+        mixed_build().warm_start(first.state_dict())

@@ -11,6 +11,7 @@ import pytest
 
 from dpsrl import metrics
 from dpsrl.metrics import GroupLog, Metrics, WandbSink, key_of, read_lines, summarize, write_summary
+from dpsrl.selection.outcomes import OutcomeRule
 from dpsrl.types import Group, Score, UserError
 
 
@@ -136,8 +137,9 @@ def test_a_group_line_counts_scored_rollouts_only(tmp_path):
     log = GroupLog(tmp_path / "groups.jsonl")
     scores = [Score(1.0, True), None, Score(0.0, False), Score(1.0, True)]
     group = Group(3, "9f2c", np.array([1, 2], np.int32), [], policy_version=7, scores=scores)
-    log.write(4, group, admitted=True, predicted=np.float64(0.625))
-    log.write(4, group, admitted=False, predicted=None)
+    counts = OutcomeRule().counts(group.rewards_G)
+    log.write(4, group, counts, admitted=True, predicted=np.float64(0.625))
+    log.write(4, group, counts, admitted=False, predicted=None)
     common = {"step": 4, "prompt_id": "9f2c", "policy_version": 7, "num_solved": 2, "num_rollouts": 3}
     assert lines_of(tmp_path / "groups.jsonl") == [
         common | {"admitted": True, "predicted": 0.625},

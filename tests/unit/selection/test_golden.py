@@ -27,9 +27,10 @@ def golden_selector(case: dict, num_prompts: int) -> Selector:
 
 
 def assert_belief(selector: Selector, row: int, expected: dict) -> None:
-    belief = selector.belief
-    np.testing.assert_allclose(belief.alpha_SSN[:, :, row], expected["alpha"], rtol=0, atol=TOLERANCE)
-    np.testing.assert_allclose(belief.posterior_SN[:, row], expected["mu_post"], rtol=0, atol=TOLERANCE)
+    belief, entry = selector.belief, selector._entries.entry_N[[row]]
+    alpha = belief._alpha(entry, np.array([selector.clock - 1]))[:, :, 0]
+    np.testing.assert_allclose(alpha, expected["alpha"], rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(belief._posterior_SE[:, entry[0]], expected["mu_post"], rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(selector.predict()[row], expected["mu_next_prior"], rtol=0, atol=TOLERANCE)
 
 
