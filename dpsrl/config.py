@@ -88,7 +88,7 @@ class SelectionConfig:
     belief: str | None = key(None, "what is thought of each prompt, in place of the method's own")
     score: str | None = key(None, "what a prompt is worth, in place of the method's own")
     pick: str | None = key(None, "who is taken given the scores, in place of the method's own")
-    quota: float | None = key(None, "share of every batch that goes to the prompts longest unselected", ge=0, le=1)
+    quota: float | None = key(None, "share of every batch kept for prompts never selected, while there are any", ge=0, le=1)
     admission: str = key("all", "groups trained on; mixed: those that carry a gradient", choices=("all", "mixed"))
     max_rounds: int = key(4, "admission=mixed: at most this many batches of prompts are rolled out in a step", ge=1)
     audit_share: float = key(0.02, "share of a batch drawn at random, to judge predictions by", ge=0, le=1)
@@ -106,6 +106,14 @@ class SelectionConfig:
     first_transition: bool | None = key(None, "dps: the first observation counts as a move, as published")
     evidence_weight: float | None = key(None, "dps: what one move adds to the counts, 1 as published", ge=0)
     target_rate: float | None = key(None, "score target: the pass rate to be near to", ge=0, le=1)
+    bonus: float | None = key(None, "score optimistic: standard deviations added to the expected chance", ge=0)
+    noise: float | None = key(None, "forecast: variance of a step of the walk, to begin with", gt=0, le=0.3)
+    gain: float | None = key(None, "forecast: shift of a prompt's logit when trained on, to begin with")
+    smoothing: float | None = key(None, "ema_variance: weight of the latest group", ge=0, le=1)
+    idle_decay: bool | None = key(None, "beta, mopps: also prompts that were not observed forget")
+    drift: float | None = key(None, "kalman: drift per step, in place of the fitted one")
+    walk_noise: float | None = key(None, "kalman: noise per step, in place of the fitted one", ge=0)
+    target_waste: float | None = key(None, "greso: share of groups without spread that is aimed at", ge=0, le=1)
     temperature: float | None = key(None, "pick gumbel: how far from the top it draws, in units of the score", gt=0)
 
 

@@ -99,7 +99,43 @@ class Thompson:
         return top_of_each(value_E, fresh, num_picks, generator)
 
 
-PICKS: dict[str, type] = {"top_k": TopK, "gumbel": GumbelTopK, "thompson": Thompson}
+class Skipping:
+    """A stream of all prompts, best score first, ties at random, in which each is skipped or kept by chance.
+
+    GRESO's filter (arXiv 2506.02177) takes prompts from a shuffled epoch until the batch is full. When ROUNDS epochs
+    did not fill it, those that were skipped do.
+    """
+
+    needs = ("keep", "visit")
+    score_needs = ()
+    ROUNDS = 8
+
+    def __call__(self, choices: Choices, num_picks: int, generator: np.random.Generator) -> np.ndarray:
+        free = np.setdiff1d(np.arange(1, choices.num_selected_E.size), choices.blocked)
+        # Fresh prompts are never skipped and nobody had fewer turns, so they fill the batch as far as they go.
+        num_fresh = min(choices.num_fresh, num_picks)
+        kept = [np.zeros(num_fresh, dtype=np.int64)]
+        missing = num_picks - num_fresh
+        for last_round in [False] * self.ROUNDS + [True]:
+            if not missing:
+                break
+            value = choices.score(choices.belief, choices.num_selected_E)[free]
+            order = np.lexsort((generator.random(free.size), -value))
+            stays = (
+                np.ones(free.size, dtype=bool)
+                if last_round
+                else generator.random(free.size) < choices.belief.keep()[free[order]]
+            )
+            turn = np.searchsorted(np.cumsum(stays), missing) + 1  # the stream stops when the batch is full
+            taken = free[order[:turn][stays[:turn]]]
+            choices.belief.visit(free[order[:turn]])
+            kept.append(taken)
+            missing -= taken.size
+            free = np.setdiff1d(free, taken)
+        return np.concatenate(kept)
+
+
+PICKS: dict[str, type] = {"top_k": TopK, "gumbel": GumbelTopK, "thompson": Thompson, "skipping": Skipping}
 
 
 def top_of_each(value_E: np.ndarray, value_of_fresh: np.ndarray, num_picks: int, generator) -> np.ndarray:

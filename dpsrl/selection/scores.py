@@ -83,11 +83,50 @@ class LeastSelected:
         return -num_selected_E.astype(np.float64)
 
 
+class Optimistic:
+    """P(partial) + bonus * its standard deviation under the belief: what is uncertain is tried, and then known.
+
+    bonus: 0 or more; 0 is greedy.
+    """
+
+    needs = ("spread",)
+
+    def __init__(self, *, bonus: float = 1.2) -> None:
+        self.bonus = check_number("bonus", bonus, lowest=0.0)
+
+    def __call__(self, belief: Belief, num_selected_E: np.ndarray) -> np.ndarray:
+        return belief.predict()[:, hmm.PARTIAL] + self.bonus * belief.spread()
+
+
+class Resampled:
+    """Least selected first, but prompts whose last group was all correct only when nothing else is left.
+
+    History resampling of SRPO (arXiv 2504.14286), without its epoch boundary: a prompt comes once per epoch anyway.
+    """
+
+    needs = ("left_out",)
+
+    def __call__(self, belief: Belief, num_selected_E: np.ndarray) -> np.ndarray:
+        return -num_selected_E.astype(np.float64) - 1e9 * belief.left_out()
+
+
+class LeastVisited:
+    """Minus the turns a prompt had, kept or skipped."""
+
+    needs = ("visits",)
+
+    def __call__(self, belief: Belief, num_selected_E: np.ndarray) -> np.ndarray:
+        return -belief.visits().astype(np.float64)
+
+
 SCORES: dict[str, type] = {
     "partial": PartialScore,
     "variance": VarianceScore,
     "target": TargetScore,
+    "optimistic": Optimistic,
     "least_selected": LeastSelected,
+    "resampled": Resampled,
+    "least_visited": LeastVisited,
 }
 
 

@@ -1,6 +1,6 @@
 """Selectors: belief x score x pick plus one random generator; the published methods are presets of the three.
 
-Owns the clock, the generator, which prompts were touched, and how often and when each was selected. Knows nothing of
+Owns the clock, the generator, which prompts were touched, and how often each was selected. Knows nothing of
 rollouts, admission or prompts in flight: the caller passes those as `exclude`. numpy only.
 """
 
@@ -16,14 +16,21 @@ import numpy as np
 from dpsrl.selection.beliefs import BELIEFS, Belief
 from dpsrl.selection.entries import FRESH, Entries
 from dpsrl.selection.options import check_choice, check_count, check_share, nearest
-from dpsrl.selection.picks import PICKS, Choices, Pick, top_k
+from dpsrl.selection.picks import PICKS, Choices, Pick
 from dpsrl.selection.scores import SCORES, Score
 from dpsrl.types import UserError
 
 # The pieces of each method, and the options in which it differs from its pieces' own defaults.
 METHODS: dict[str, dict[str, Any]] = {
     "dps": {"belief": "dirichlet_hmm", "score": "partial", "pick": "top_k"},
+    "forecast": {"belief": "logit_walk", "score": "optimistic", "pick": "top_k", "quota": 0.17},
     "uniform": {"belief": "none", "score": "least_selected", "pick": "top_k"},
+    "history_resampling": {"belief": "last_group", "score": "resampled", "pick": "top_k"},
+    "mopps": {"belief": "beta", "score": "target", "pick": "thompson", "decay": 1.0},
+    "ema_variance": {"belief": "ema", "score": "variance", "pick": "top_k"},
+    "beta": {"belief": "beta", "score": "variance", "pick": "top_k", "decay": 0.5},
+    "kalman": {"belief": "kalman", "score": "partial", "pick": "top_k"},
+    "greso": {"belief": "streak", "score": "least_visited", "pick": "skipping"},
 }
 PIECES: dict[str, dict[str, type]] = {"belief": BELIEFS, "score": SCORES, "pick": PICKS}
 SELECTOR_OPTIONS = {"quota"}
@@ -36,7 +43,7 @@ class Selector:
     N prompts are known by their row, 0 to N - 1. `select` may be called any number of times per step; `observe` is
     called once, and moves the clock, and with it every belief, one step on.
 
-    quota: share of every batch, in [0, 1], that goes to the prompts longest unselected, whatever their score.
+    quota: share of every batch, in [0, 1], that is kept for prompts never selected, as long as there are any.
     """
 
     def __init__(
@@ -50,7 +57,6 @@ class Selector:
         self._pick = pick
         self._entries = Entries(num_prompts)
         self._num_selected_E = np.zeros(num_prompts + 1, dtype=np.uint16)
-        self._last_selected_E = np.zeros(num_prompts + 1, dtype=np.int32)
         self._generator = np.random.Generator(np.random.PCG64(seed))
         self._table_NS: np.ndarray | None = None  # what `predict` gave last
 
@@ -78,18 +84,13 @@ class Selector:
                 "ask for fewer, or bring more prompts."
             )
         blocked = self._touch(excluded)
-        num_due = round(self.quota * num_picks)
-        entries = self._longest_unselected(num_due, blocked) if num_due else blocked[:0]
-        if num_picks > num_due:
-            taken = entries[entries != FRESH]
-            choices = Choices(
-                self._score,
-                self.belief,
-                self._num_selected_E[: self._entries.num],
-                np.concatenate([blocked, taken]),
-                self._entries.num_fresh - (entries.size - taken.size),
-            )
-            entries = np.concatenate([self._pick(choices, num_picks - num_due, self._generator), entries])
+        num_reserved = min(round(self.quota * num_picks), self._entries.num_fresh)
+        num_fresh = self._entries.num_fresh - num_reserved
+        entries = np.full(num_reserved, FRESH)
+        if num_picks > num_reserved:
+            num_selected_E = self._num_selected_E[: self._entries.num]
+            choices = Choices(self._score, self.belief, num_selected_E, blocked, num_fresh)
+            entries = np.concatenate([self._pick(choices, num_picks - num_reserved, self._generator), entries])
         return self._take(entries)
 
     def mark_selected(self, ids: np.ndarray) -> None:
@@ -97,7 +98,6 @@ class Selector:
         entries = self._touch(self._rows(ids, "ids"))
         times_B = self._num_selected_E[entries]
         self._num_selected_E[entries] = np.minimum(times_B, MAX_TIMES_SELECTED - 1) + 1
-        self._last_selected_E[entries] = self.clock
 
     def _take(self, entries: np.ndarray) -> np.ndarray:
         """The rows of the picks, a fresh prompt drawn for every 0 among them."""
@@ -106,13 +106,6 @@ class Selector:
         ids[fresh] = self._entries.draw_fresh(int(fresh.sum()), self._generator)
         self.mark_selected(ids)
         return ids
-
-    def _longest_unselected(self, num_picks: int, blocked: np.ndarray) -> np.ndarray:
-        """Entries: fresh prompts as long as there are any, then those selected longest ago, ties at random."""
-        num_fresh = min(num_picks, self._entries.num_fresh)
-        age_E = self.clock - self._last_selected_E[: self._entries.num].astype(np.float64)
-        age_E[0] = np.inf
-        return top_k(age_E, num_fresh, num_picks, self._generator, blocked)
 
     def observe(self, ids: np.ndarray, num_solved: np.ndarray, num_rollouts: np.ndarray, lag: Any = 0) -> None:
         """Learns from one step's groups and moves the clock on by one step.
@@ -187,7 +180,6 @@ class Selector:
         entries_B = self._entries.touch(rows_B)
         if self._entries.num > before:
             self._num_selected_E[before : self._entries.num] = 0
-            self._last_selected_E[before : self._entries.num] = 0
             self.belief.grow(self._entries.num)
         return entries_B
 
@@ -203,7 +195,7 @@ class Selector:
         per_entry = self._entry_arrays()
         taken = {name: array[..., kept] if name in per_entry else array for name, array in state.items()}
         taken |= {"row": rows[kept].astype(np.int32), "num_prompts": own["num_prompts"], "generator": own["generator"]}
-        taken |= {name: np.zeros_like(taken[name]) for name in ("num_selected", "last_selected")}
+        taken["num_selected"] = np.zeros_like(taken["num_selected"])
         self.load_state_dict(taken)
         return kept.size - 1
 
@@ -259,7 +251,6 @@ class Selector:
         own = {
             "row": self._entries.row_E,
             "num_selected": self._num_selected_E,
-            "last_selected": self._last_selected_E,
         }
         return own | {f"belief.{name}": array for name, array in self.belief.entry_arrays().items()}
 
@@ -359,6 +350,10 @@ def check_fit(chosen: dict[str, str], classes: dict[str, type]) -> None:
 
 
 WORDS = {
+    "left_out": "memory of what was all correct",
+    "visits": "count of turns",
+    "visit": "count of turns",
+    "keep": "chance of being kept",
     "rate": "expected pass rate",
     "variance": "expected variance",
     "spread": "uncertainty of the chance of a mixed group",

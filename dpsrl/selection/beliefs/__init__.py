@@ -11,7 +11,12 @@ from typing import Protocol
 
 import numpy as np
 
+from dpsrl.selection.beliefs.beta import DiscountedBeta
 from dpsrl.selection.beliefs.dirichlet_hmm import DirichletHMM
+from dpsrl.selection.beliefs.ema import EmaVariance
+from dpsrl.selection.beliefs.kalman import ArcsineKalman
+from dpsrl.selection.beliefs.last_group import LastGroup, ZeroVarianceStreak
+from dpsrl.selection.beliefs.logit_walk import LogitWalk
 from dpsrl.selection.beliefs.none import NoBelief
 
 
@@ -59,4 +64,13 @@ class Belief(Protocol):
         ...
 
 
-BELIEFS: dict[str, type] = {"dirichlet_hmm": DirichletHMM, "none": NoBelief}
+BELIEFS: dict[str, type] = {
+    "dirichlet_hmm": DirichletHMM,
+    "logit_walk": LogitWalk,
+    "beta": DiscountedBeta,
+    "ema": EmaVariance,
+    "kalman": ArcsineKalman,
+    "last_group": LastGroup,
+    "streak": ZeroVarianceStreak,
+    "none": NoBelief,
+}
