@@ -91,7 +91,7 @@ class ArcsineKalman:
         self.clock = clock
 
     def predict(self) -> np.ndarray:
-        """P(unsolved) = exp(-n mean^2 / a) / sqrt(a), a = 1 + 2 n var, from cos^2n(psi) ~ exp(-n psi^2); so is solved."""
+        """P(unsolved) = exp(-n mean^2 / a) / sqrt(a), a = 1 + 2 n var, from cos^2n(psi) ~ exp(-n psi^2)."""
         mean_E, var_E = self._at(slice(0, self.num_entries), self.clock)
         n, a_E = self.num_rollouts, 1.0 + 2.0 * self.num_rollouts * var_E
         unsolved_E = np.exp(-n * mean_E**2 / a_E) / np.sqrt(a_E)

@@ -185,7 +185,7 @@ class LogitWalk:
 
         d log P(evidence) / d mean = surprise / var, with Fisher information learned / var; so it is for the variance.
         A prompt trained on more than once has a gain of its own, which would take what belongs to the drift, so it is
-        left out of the drift; the mean gain is learned from second observations, before prompts have gains of their own.
+        left out there; the mean gain is learned from second observations, before prompts have gains of their own.
         """
         informs_drift_B = once_B | ~trained_B
         direction_2B = np.stack([gap_B * informs_drift_B, (trained_B & once_B).astype(float)])
