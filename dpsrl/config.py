@@ -89,6 +89,7 @@ class SelectionConfig:
     score: str | None = key(None, "what a prompt is worth, in place of the method's own")
     pick: str | None = key(None, "who is taken given the scores, in place of the method's own")
     quota: float | None = key(None, "share of a batch kept for prompts never selected, while there are any", ge=0, le=1)
+    rest: int | None = key(None, "steps for which a selected prompt is not selected again", ge=0)
     admission: str = key("all", "groups trained on; mixed: those that carry a gradient", choices=("all", "mixed"))
     max_rounds: int = key(4, "admission=mixed: at most this many batches of prompts are rolled out in a step", ge=1)
     audit_share: float = key(0.02, "share of a batch drawn at random, to judge predictions by", ge=0, le=1)

@@ -33,7 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "greso": {"belief": "streak", "score": "least_visited", "pick": "skipping"},
 }
 PIECES: dict[str, dict[str, type]] = {"belief": BELIEFS, "score": SCORES, "pick": PICKS}
-SELECTOR_OPTIONS = {"quota"}
+SELECTOR_OPTIONS = {"quota", "rest"}
 MAX_TIMES_SELECTED = np.iinfo(np.uint16).max
 
 
@@ -44,19 +44,32 @@ class Selector:
     called once, and moves the clock, and with it every belief, one step on.
 
     quota: share of every batch, in [0, 1], that is kept for prompts never selected, as long as there are any.
+    rest: steps for which a prompt is not selected again, as long as enough others are left; 0 knows no rest. A policy
+        that meets the same prompts step after step learns them by heart.
     """
 
     def __init__(
-        self, belief: Belief, score: Score, pick: Pick, num_prompts: int, seed: int, *, quota: float = 0.0
+        self,
+        belief: Belief,
+        score: Score,
+        pick: Pick,
+        num_prompts: int,
+        seed: int,
+        *,
+        quota: float = 0.0,
+        rest: int = 0,
     ) -> None:
         self.belief = belief
         self.num_prompts = num_prompts
         self.quota = check_share("quota", quota)
+        check_count("rest", rest, 0)
+        self.rest = rest
         self.clock = 0
         self._score = score
         self._pick = pick
         self._entries = Entries(num_prompts)
         self._num_selected_E = np.zeros(num_prompts + 1, dtype=np.uint16)
+        self._last_selected_E = np.zeros(num_prompts + 1, dtype=np.int32)
         self._generator = np.random.Generator(np.random.PCG64(seed))
         self._table_NS: np.ndarray | None = None  # what `predict` gave last
 
@@ -84,6 +97,10 @@ class Selector:
                 "ask for fewer, or bring more prompts."
             )
         blocked = self._touch(excluded)
+        if self.rest:
+            resting = np.setdiff1d(self._resting(), blocked)
+            if num_available - resting.size >= num_picks:
+                blocked = np.concatenate([blocked, resting])
         num_reserved = min(round(self.quota * num_picks), self._entries.num_fresh)
         num_fresh = self._entries.num_fresh - num_reserved
         entries = np.full(num_reserved, FRESH)
@@ -93,11 +110,18 @@ class Selector:
             entries = np.concatenate([self._pick(choices, num_picks - num_reserved, self._generator), entries])
         return self._take(entries)
 
+    def _resting(self) -> np.ndarray:
+        """Entries selected less than `rest` steps ago."""
+        used = slice(0, self._entries.num)
+        recent_E = self.clock - self._last_selected_E[used] <= self.rest
+        return np.flatnonzero(recent_E & (self._num_selected_E[used] > 0))
+
     def mark_selected(self, ids: np.ndarray) -> None:
         """Counts rows that the caller chose by himself as selected now, as `select` counts its own."""
         entries = self._touch(self._rows(ids, "ids"))
         times_B = self._num_selected_E[entries]
         self._num_selected_E[entries] = np.minimum(times_B, MAX_TIMES_SELECTED - 1) + 1
+        self._last_selected_E[entries] = self.clock
 
     def _take(self, entries: np.ndarray) -> np.ndarray:
         """The rows of the picks, a fresh prompt drawn for every 0 among them."""
@@ -195,7 +219,7 @@ class Selector:
         per_entry = self._entry_arrays()
         taken = {name: array[..., kept] if name in per_entry else array for name, array in state.items()}
         taken |= {"row": rows[kept].astype(np.int32), "num_prompts": own["num_prompts"], "generator": own["generator"]}
-        taken["num_selected"] = np.zeros_like(taken["num_selected"])
+        taken |= {name: np.zeros_like(taken[name]) for name in ("num_selected", "last_selected")}
         self.load_state_dict(taken)
         return kept.size - 1
 
@@ -251,6 +275,7 @@ class Selector:
         own = {
             "row": self._entries.row_E,
             "num_selected": self._num_selected_E,
+            "last_selected": self._last_selected_E,
         }
         return own | {f"belief.{name}": array for name, array in self.belief.entry_arrays().items()}
 

@@ -307,6 +307,19 @@ def test_the_quota_goes_to_prompts_never_selected():
     assert covering.coverage == (8 + 39 * 2) / 200
 
 
+def test_a_prompt_rests_as_long_as_others_are_left():
+    selector = build("dps", num_prompts=40, rest=3)
+    history = []
+    for _ in range(30):
+        ids = selector.select(8)
+        assert not set(ids) & {i for past in history[-3:] for i in past}
+        selector.observe(ids, np.full(8, 4), np.full(8, 8))
+        history.append(ids.tolist())
+    assert len(build("dps", num_prompts=10, rest=3).select(8)) == 8
+    crowded = build("dps", num_prompts=10, rest=3)
+    assert all(len(set(ids)) == 8 for ids in run_steps(crowded, 5, 8, seed=0))
+
+
 # --- entries and picks ----------------------------------------------------------------------------------------
 
 
