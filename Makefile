@@ -1,6 +1,6 @@
 # Everything works from a fresh clone: what needs .venv makes it first (scripts/install.sh).
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test check clean
+.PHONY: help install quickstart simulate bench test check clean
 
 PYTHON_BIN := .venv/bin/python
 # DeepSpeed and torch look for ninja on the PATH.
@@ -14,6 +14,12 @@ install:  ## Make .venv with everything in it; does nothing the second time
 
 quickstart: install  ## Train a tiny model on Countdown, without a GPU; ARGS="train.steps=20" adds keys
 	@$(PYTHON_BIN) -m dpsrl.train +recipe=quickstart $(ARGS)
+
+simulate: install  ## Compare the selection methods on simulated prompts, in a minute; ARGS="worlds=hard seeds=10"
+	@$(PYTHON_BIN) -m dpsrl.simulate $(ARGS)
+
+bench: install  ## What selection costs beside copying its bytes, in two minutes; writes runs/bench.json
+	@$(PYTHON_BIN) scripts/bench.py $(ARGS)
 
 test: install  ## Unit and integration tests; ARGS="-k name" goes to pytest
 	@$(PYTHON_BIN) -m pytest -m "not gpu and not slow" $(ARGS)

@@ -2,7 +2,7 @@
 
 A checkpoint is written into `step_N.tmp`, its manifest of sizes and hashes last, then renamed. It holds a
 Hugging Face folder (`model/`) that `dpsrl.evaluate`, vLLM and transformers load as it is, and the
-controller's state (`controller.npz`, `controller.json`).
+controller's state (`controller/`, an array per file).
 """
 
 from __future__ import annotations
@@ -67,17 +67,19 @@ class RunFolder:
         return sorted(folders, key=lambda path: int(path.name.removeprefix("step_")))
 
 
-def write_state(stem: Path, state: dict[str, Any]) -> None:
-    """Arrays to `<stem>.npz`, plain values to `<stem>.json`; nothing is pickled."""
-    arrays = {name: value for name, value in state.items() if isinstance(value, np.ndarray)}
-    np.savez(stem.with_suffix(".npz"), **arrays)
-    plain = {name: value for name, value in state.items() if name not in arrays}
-    stem.with_suffix(".json").write_text(json.dumps(plain, indent=1))
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """Each array to `<name>.npy`, plain values to `plain.json`; nothing is pickled, or zipped, which is far slower."""
+    folder.mkdir(parents=True)
+    for name, value in state.items():
+        if isinstance(value, np.ndarray):
+            np.save(folder / f"{name}.npy", value, allow_pickle=False)
+    plain = {name: value for name, value in state.items() if not isinstance(value, np.ndarray)}
+    (folder / "plain.json").write_text(json.dumps(plain, indent=1))
 
 
-def read_state(stem: Path) -> dict[str, Any]:
-    with np.load(stem.with_suffix(".npz"), allow_pickle=False) as arrays:
-        return json.loads(stem.with_suffix(".json").read_text()) | dict(arrays)
+def read_state(folder: Path) -> dict[str, Any]:
+    arrays = {path.stem: np.load(path, allow_pickle=False) for path in sorted(folder.glob("*.npy"))}
+    return json.loads((folder / "plain.json").read_text()) | arrays
 
 
 def sha256(path: Path) -> str:

@@ -109,9 +109,9 @@ def read_controller_state(folder: Path) -> dict[str, Any]:
     """The controller's state in a checkpoint, or in the latest checkpoint of a run folder."""
     checkpoints = sorted(folder.glob("checkpoints/step_*/manifest.json"), key=lambda p: int(p.parent.name[5:]))
     folder = checkpoints[-1].parent if checkpoints else folder
-    if not (folder / "controller.npz").is_file():
+    if not (folder / "controller" / "plain.json").is_file():
         raise UserError(
-            f"selection.warm_start={folder} holds no controller.npz: "
+            f"selection.warm_start={folder} holds no controller's state: "
             "give a checkpoint (RUN/checkpoints/step_N) or a run folder"
         )
     return read_state(folder / "controller")

@@ -50,7 +50,7 @@ class Entries:
 
     def load(self, row_E: np.ndarray) -> None:
         """Takes over the rows of a saved state, entry 0 included."""
-        self.entry_N[:] = FRESH
+        self.entry_N[self.row_E[1 : self.num]] = FRESH
         self.num = row_E.size
         self.row_E[: self.num] = row_E
         self.entry_N[row_E[1:]] = np.arange(1, self.num, dtype=np.int32)

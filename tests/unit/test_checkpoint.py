@@ -22,7 +22,7 @@ def test_a_checkpoint_is_whole_and_older_ones_are_removed(tmp_path):
     assert [path.name for path in run.list_checkpoints()] == ["step_10", "step_100"]
     folder = run.list_checkpoints()[-1]
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert set(manifest["files"]) == {"model/weights", "controller.npz", "controller.json"}
+    assert set(manifest["files"]) == {"model/weights", "controller/a.npy", "controller/plain.json"}
     for name, (size, digest) in manifest["files"].items():
         assert (folder / name).stat().st_size == size and sha256(folder / name) == digest
 

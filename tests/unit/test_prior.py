@@ -70,5 +70,5 @@ def test_a_controllers_state_comes_from_a_checkpoint_or_the_latest_of_a_run(tmp_
     assert int(state["selector.clock"]) == 2
     assert int(read_controller_state(tmp_path / "checkpoints/step_2")["selector.clock"]) == 1
     assert Controller(["b", "a"], 1, {"method": "dps"}, 8, seed=0).warm_start(state) == 1
-    with pytest.raises(UserError, match="holds no controller.npz"):
+    with pytest.raises(UserError, match="holds no controller's state"):
         read_controller_state(tmp_path / "nowhere")
