@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -48,3 +49,9 @@ def many_run(tmp_path_factory) -> FinishedRun:
 def single_run(tmp_path_factory) -> FinishedRun:
     """Two steps of the same run on one engine and one rank without ZeRO."""
     return train(tmp_path_factory.mktemp("single") / "run", "train.steps=2", "eval.every=2")
+
+
+@pytest.fixture(scope="session")
+def start():
+    """`train` and `run_module`, for runs of a test's own."""
+    return SimpleNamespace(train=train, run_module=run_module)
