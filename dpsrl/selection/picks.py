@@ -93,10 +93,12 @@ class Thompson:
     score_needs = ("of_rate",)
 
     def __call__(self, choices: Choices, num_picks: int, generator: np.random.Generator) -> np.ndarray:
-        entries = np.arange(choices.num_selected_E.size)
-        value_E = choices.without_blocked(choices.score.of_rate(choices.belief.draw(entries, generator)))
-        fresh = choices.score.of_rate(choices.belief.draw(np.zeros(choices.num_fresh, dtype=np.int64), generator))
-        return top_of_each(value_E, fresh, num_picks, generator)
+        def drawn(entries: np.ndarray) -> np.ndarray:
+            return choices.score.of_rate(choices.belief.draw(entries, generator), choices.belief.num_rollouts)
+
+        value_E = choices.without_blocked(drawn(np.arange(choices.num_selected_E.size)))
+        value_of_fresh = drawn(np.zeros(choices.num_fresh, dtype=np.int64))
+        return top_of_each(value_E, value_of_fresh, num_picks, generator)
 
 
 class Skipping:

@@ -1,8 +1,8 @@
 """What a prompt is worth: one number per entry, higher is picked first. numpy only.
 
 A score reads the belief and how often each prompt was selected; it owns its options and no state. `needs` names what
-the belief must give beyond `predict`; `of_rate`, where there is one, is the score of a prompt whose pass rate is known,
-which is what a pick that draws pass rates from the belief ranks on.
+the belief must give beyond `predict`; `of_rate`, where there is one, is the score of a prompt whose pass rate and size
+of group are known, which is what a pick that draws pass rates from the belief ranks on.
 """
 
 from __future__ import annotations
@@ -43,6 +43,11 @@ class PartialScore:
             return prior_ES[:, hmm.PARTIAL]
         return prior_ES[:, hmm.PARTIAL] + self.entropy_weight * entropy(prior_ES)
 
+    def of_rate(self, rate: np.ndarray, num_rollouts: int) -> np.ndarray:
+        unsolved, solved = (1.0 - rate) ** num_rollouts, rate**num_rollouts
+        states = np.stack([unsolved, 1.0 - unsolved - solved, solved], axis=1)
+        return states[:, hmm.PARTIAL] + (self.entropy_weight * entropy(states) if self.entropy_weight else 0.0)
+
 
 class VarianceScore:
     """4 E[p (1 - p)], in [0, 1]: the expected variance of a reward, as a share of the greatest there can be."""
@@ -52,7 +57,7 @@ class VarianceScore:
     def __call__(self, belief: Belief, num_selected_E: np.ndarray) -> np.ndarray:
         return 4.0 * belief.variance()
 
-    def of_rate(self, rate: np.ndarray) -> np.ndarray:
+    def of_rate(self, rate: np.ndarray, num_rollouts: int) -> np.ndarray:
         return 4.0 * rate * (1.0 - rate)
 
 
@@ -68,9 +73,9 @@ class TargetScore:
         self.target_rate = check_share("target_rate", target_rate)
 
     def __call__(self, belief: Belief, num_selected_E: np.ndarray) -> np.ndarray:
-        return self.of_rate(belief.rate())
+        return -((belief.rate() - self.target_rate) ** 2)
 
-    def of_rate(self, rate: np.ndarray) -> np.ndarray:
+    def of_rate(self, rate: np.ndarray, num_rollouts: int) -> np.ndarray:
         return -((rate - self.target_rate) ** 2)
 
 
