@@ -262,8 +262,8 @@ def test_pieces_can_be_exchanged_by_name():
         ("ema_variance", {"score": "target"}, "use belief beta or kalman or logit_walk"),
         ("kalman", {"score": "optimistic"}, "has no uncertainty of the chance of a mixed group"),
         (
-            "beta",
-            {"score": "partial", "pick": "thompson"},
+            "forecast",
+            {"pick": "thompson"},
             "which has no value for a drawn pass rate",
         ),
         ("uniform", {"pick": "skipping"}, "has no chance of being kept; use belief streak"),
