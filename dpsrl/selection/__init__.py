@@ -6,6 +6,7 @@ ids = selector.select(256)
 selector.observe(ids, num_solved, num_rollouts)    # once per step
 """
 
-from dpsrl.selection.selectors import METHODS, Selector, build_selector
+from dpsrl.selection.methods import METHODS, build_selector
+from dpsrl.selection.selectors import Selector
 
 __all__ = ["METHODS", "Selector", "build_selector"]

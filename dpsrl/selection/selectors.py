@@ -1,4 +1,4 @@
-"""Selectors: belief x score x pick plus one random generator; the published methods are presets of the three.
+"""The selector: belief x score x pick plus one random generator.
 
 Owns the clock, the generator, which prompts were touched, and how often each was selected. Knows nothing of
 rollouts, admission or prompts in flight: the caller passes those as `exclude`. numpy only.
@@ -6,39 +6,24 @@ rollouts, admission or prompts in flight: the caller passes those as `exclude`. 
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from dpsrl.selection.beliefs import BELIEFS, Belief
+from dpsrl.selection.beliefs import Belief
 from dpsrl.selection.entries import FRESH, Entries
-from dpsrl.selection.options import check_choice, check_count, check_share, nearest
-from dpsrl.selection.picks import PICKS, Choices, Pick
-from dpsrl.selection.scores import SCORES, Score
+from dpsrl.selection.options import check_count, check_share
+from dpsrl.selection.picks import Choices, Pick
+from dpsrl.selection.scores import Score
 from dpsrl.types import UserError
 
-# The pieces of each method, and the options in which it differs from its pieces' own defaults.
-METHODS: dict[str, dict[str, Any]] = {
-    "dps": {"belief": "dirichlet_hmm", "score": "partial", "pick": "top_k"},
-    "forecast": {"belief": "logit_walk", "score": "optimistic", "pick": "top_k", "quota": 0.17},
-    "uniform": {"belief": "none", "score": "least_selected", "pick": "top_k"},
-    "history_resampling": {"belief": "last_group", "score": "resampled", "pick": "top_k"},
-    "mopps": {"belief": "beta", "score": "target", "pick": "thompson", "decay": 1.0},
-    "ema_variance": {"belief": "ema", "score": "variance", "pick": "top_k"},
-    "beta": {"belief": "beta", "score": "variance", "pick": "top_k", "decay": 0.5},
-    "kalman": {"belief": "kalman", "score": "partial", "pick": "top_k"},
-    "greso": {"belief": "streak", "score": "least_visited", "pick": "skipping"},
-}
-PIECES: dict[str, dict[str, type]] = {"belief": BELIEFS, "score": SCORES, "pick": PICKS}
-SELECTOR_OPTIONS = {"quota", "rest"}
 MAX_TIMES_SELECTED = np.iinfo(np.uint16).max
 
 
 class Selector:
-    """Chooses prompts and learns from how they went. Build it with `build_selector`.
+    """Chooses prompts and learns from how they went. Build it with `methods.build_selector`.
 
     N prompts are known by their row, 0 to N - 1. `select` may be called any number of times per step; `observe` is
     called once, and moves the clock, and with it every belief, one step on.
@@ -287,106 +272,6 @@ class Selector:
             bad = rows[(rows < 0) | (rows >= self.num_prompts)][0]
             raise ValueError(f"{name} holds {bad}; the rows of the prompts are 0 to {self.num_prompts - 1}.")
         return rows
-
-
-def build_selector(
-    method: str,
-    *,
-    num_prompts: int,
-    num_rollouts: int,
-    seed: int,
-    belief: str | None = None,
-    score: str | None = None,
-    pick: str | None = None,
-    **options: Any,
-) -> Selector:
-    """A selector of a published method, or of one with a piece exchanged.
-
-    Example: `build_selector("dps", num_prompts=7500, num_rollouts=8, seed=0, decay=0.5)`.
-
-    method: a key of METHODS; `belief`, `score` and `pick` replace its pieces, by name.
-    num_rollouts: the usual size of a group, at least 2.
-    options: what the chosen pieces take, and `quota`. Unknown ones, ones without effect, values out of range and
-    pieces that do not go together are a UserError, so building a selector for one prompt is a check of a
-    configuration.
-    """
-    check_choice("method", method, METHODS)
-    check_count("num_prompts", num_prompts, 1)
-    check_count("num_rollouts", num_rollouts, 2)
-    check_count("seed", seed, 0)
-    preset = METHODS[method]
-    replaced = {"belief": belief, "score": score, "pick": pick}
-    chosen = {piece: preset[piece] if name is None else name for piece, name in replaced.items()}
-    for piece, name in chosen.items():
-        check_choice(piece, name, PIECES[piece])
-    classes = {piece: PIECES[piece][name] for piece, name in chosen.items()}
-    check_options(options, method, chosen)
-    check_fit(chosen, classes)
-    defaults = {name: value for name, value in preset.items() if name not in PIECES}
-    options = {name: value for name, value in defaults.items() if name in used_options(chosen)} | options
-    own = {piece: {k: options[k] for k in options_of(cls) & options.keys()} for piece, cls in classes.items()}
-    return Selector(
-        classes["belief"](num_prompts + 1, num_rollouts, **own["belief"]),
-        classes["score"](**own["score"]),
-        classes["pick"](**own["pick"]),
-        num_prompts,
-        seed,
-        **{name: options[name] for name in SELECTOR_OPTIONS & options.keys()},
-    )
-
-
-def options_of(cls: type) -> set[str]:
-    """The names of a piece's options: its keyword-only arguments."""
-    if cls.__init__ is object.__init__:
-        return set()
-    parameters = inspect.signature(cls).parameters.values()
-    return {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
-
-
-def used_options(chosen: dict[str, str]) -> set[str]:
-    """The options that the chosen pieces read."""
-    return SELECTOR_OPTIONS | {name for piece, choice in chosen.items() for name in options_of(PIECES[piece][choice])}
-
-
-def check_options(options: dict[str, Any], method: str, chosen: dict[str, str]) -> None:
-    """Refuses options that no piece knows, and options that the chosen pieces do not read."""
-    known = SELECTOR_OPTIONS | {
-        name for classes in PIECES.values() for cls in classes.values() for name in options_of(cls)
-    }
-    for name in options:
-        if name not in known:
-            raise UserError(f"selection option {name!r} is unknown; {nearest(name, known | PIECES.keys())}.")
-        if name not in used_options(chosen):
-            pieces = ", ".join(f"{piece} '{choice}'" for piece, choice in chosen.items())
-            raise UserError(f"selection option '{name}' has no effect with method '{method}' ({pieces}); remove it.")
-
-
-def check_fit(chosen: dict[str, str], classes: dict[str, type]) -> None:
-    """Refuses a score or pick with a belief that lacks what it reads."""
-    belief, score, pick = classes["belief"], classes["score"], classes["pick"]
-    needed = [("score", need, "belief", belief) for need in score.needs]
-    needed += [("pick", need, "belief", belief) for need in pick.needs]
-    needed += [("pick", need, "score", score) for need in pick.score_needs]
-    for piece, need, giver, cls in needed:
-        if not hasattr(cls, need):
-            able = sorted(name for name, other in PIECES[giver].items() if hasattr(other, need))
-            raise UserError(
-                f"selection {piece} '{chosen[piece]}' cannot work with {giver} '{chosen[giver]}', "
-                f"which has no {WORDS[need]}; use {giver} {' or '.join(able)}."
-            )
-
-
-WORDS = {
-    "left_out": "memory of what was all correct",
-    "visits": "count of turns",
-    "visit": "count of turns",
-    "keep": "chance of being kept",
-    "rate": "expected pass rate",
-    "variance": "expected variance",
-    "spread": "uncertainty of the chance of a mixed group",
-    "draw": "pass rates to draw from",
-    "of_rate": "value for a drawn pass rate",
-}
 
 
 def are_distinct(rows: np.ndarray, num_prompts: int) -> bool:
