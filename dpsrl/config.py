@@ -238,6 +238,11 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
 
+# What an evaluation of a checkpoint takes over from its run.
+INHERITED = (
+    "data.", "model.", "reward.", "eval.", "selection.unsolved_at", "selection.solved_at", "selection.min_spread",
+)  # fmt: skip
+
 # --- composition ------------------------------------------------------------------------------------
 
 
@@ -301,7 +306,7 @@ def _inherit_run_config(raw: Any, set_keys: set[str]) -> None:
         return
     run = OmegaConf.to_container(OmegaConf.load(path))
     for name, _ in schema_keys():
-        if name.startswith(("data.", "model.", "reward.", "eval.")) and name not in set_keys | {"model.path"}:
+        if name.startswith(INHERITED) and name not in set_keys | {"model.path"}:
             OmegaConf.update(raw, name, value_of(run, name))
 
 
