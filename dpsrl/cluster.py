@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,7 @@ class Cluster:
         self.local = not config.cluster.address
         self.actors: dict[Any, str] = {}
         self.placement: PlacementGroup | None = None
+        self._stack = ExitStack()
         self.plan = resource_plan(config, with_trainer)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Ray's default of 15 lets any other program on a laptop take the cores that two threads wait for each other on.
@@ -96,6 +97,7 @@ class Cluster:
         local = {"num_cpus": max(os.cpu_count() or 1, num_actors), "include_dashboard": False} if self.local else {}
         with _whole_start():
             ray.init(address=config.cluster.address or "local", log_to_driver=False, logging_level="ERROR", **local)
+        self._interrupts = _remembered_interrupts(self._stack)
         if not self.local:
             check_resources(self.plan, int(ray.cluster_resources().get("GPU", 0)), f"cluster {config.cluster.address}")
 
@@ -103,6 +105,7 @@ class Cluster:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._stack.close()
         for actor in self.actors:
             ray.kill(actor)
         ray.shutdown()
@@ -125,6 +128,8 @@ class Cluster:
         """Results of `{actor: reference}`, in order; StallError names the one that failed or kept silent."""
         results = []
         for actor, call in calls.items():
+            if self._interrupts:
+                raise KeyboardInterrupt
             name = self.actors[actor]
             try:
                 results.append(ray.get(call, timeout=self.config.run.stall_s))
@@ -174,6 +179,22 @@ def _whole_start() -> Iterator[None]:
         if interrupts:
             ray.shutdown()
             raise KeyboardInterrupt
+
+
+def _remembered_interrupts(stack: ExitStack) -> list[int]:
+    """Fills when Ctrl-C comes, besides raising KeyboardInterrupt, until `stack` is closed.
+
+    Python drops an exception that is raised while a destructor or a callback runs, so that a Ctrl-C can get lost.
+    """
+    interrupts: list[int] = []
+
+    def remember(number: int, _: Any) -> None:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        stack.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, remember))
+    return interrupts
 
 
 def _logged(cls: type, path: str) -> type:

@@ -1,8 +1,12 @@
 """The resource plan: what a run needs, and the sentence when it is not there."""
 
+import signal
+from contextlib import ExitStack
+from types import SimpleNamespace
+
 import pytest
 
-from dpsrl.cluster import check_resources, num_local_gpus, resource_plan
+from dpsrl.cluster import Cluster, _remembered_interrupts, check_resources, num_local_gpus, resource_plan
 from dpsrl.config import load_config
 from dpsrl.types import UserError
 
@@ -42,3 +46,24 @@ def test_visible_devices_are_counted(monkeypatch):
     for value, count in (("", 0), ("-1", 0), ("0", 1), ("2,5", 2)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
         assert num_local_gpus() == count
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_ctrl_c_that_python_drops_is_remembered():
+    """Raised in a destructor, KeyboardInterrupt goes nowhere; the next wait raises it again."""
+    with ExitStack() as stack:
+        interrupts = _remembered_interrupts(stack)
+
+        class Dropping:
+            def __del__(self):
+                signal.raise_signal(signal.SIGINT)
+
+        thing = Dropping()
+        del thing
+        assert interrupts == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        cluster = SimpleNamespace(_interrupts=interrupts, actors={"a": "engine-0"})
+        with pytest.raises(KeyboardInterrupt):
+            Cluster.get(cluster, {"a": None}, "answer")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
