@@ -16,7 +16,7 @@ from dpsrl.selection.options import check_number
 # Scores closer than this are a tie: their last bits tell the order of a summation, not evidence.
 TIE = 1e-12
 NO_ENTRIES = np.empty(0, dtype=np.int64)
-SAMPLE = 1 << 16  # scores looked at to guess where the best B begin
+SAMPLE = 1 << 14  # scores looked at to guess where the best B begin
 
 
 class Choices(NamedTuple):
