@@ -78,6 +78,7 @@ class RewardConfig:
     fn: str = key("math", "'math', 'countdown', or 'my_module:function' of (response, answer)")
     num_workers: int = key(1, "scoring processes", ge=1)
     deadline_s: float = key(5.0, "seconds one response may take; over it the reward is missing, not 0", gt=0)
+    overlong_tokens: int = key(0, "over the last so many tokens of the limit the reward falls by up to 1; 0: off", ge=0)
 
 
 @dataclass
@@ -138,22 +139,38 @@ class RolloutConfig:
 
 @dataclass
 class AlgoConfig:
-    """Defaults are DAPO's (arXiv 2503.14476); algo=grpo gives GRPO's (arXiv 2402.03300)."""
+    """Defaults are DAPO's (arXiv 2503.14476); algo=grpo and the others in configs/algo give their papers'."""
 
-    advantage: str = key("grpo", "group baseline", choices=("grpo", "dr_grpo"))
-    aggregation: str = key("token_mean", "how token losses are averaged", choices=("token_mean", "sequence_mean"))
+    advantage: str = key("grpo", "baseline and scale of rewards", choices=("grpo", "dr_grpo", "rloo", "reinforce_pp"))
+    loss: str = key("ppo", "policy loss", choices=("ppo", "gspo", "cispo", "reinforce"))
+    aggregation: str = key(
+        "token_mean",
+        "how token losses are averaged",
+        choices=("token_mean", "sequence_mean", "prompt_mean", "sequence_sum"),
+    )
     clip_low: float = key(0.2, "the ratio is clipped below at 1 - clip_low", gt=0, le=1)
     clip_high: float = key(0.28, "and above at 1 + clip_high", gt=0)
-    dual_clip: float = key(10.0, "bound on the ratio where the advantage is negative", gt=1)
-    max_importance_weight: float = key(2.0, "cap of trainer/engine probability, token by token", ge=1)
+    dual_clip: float | None = key(10.0, "bound on the ratio where the advantage is negative; null: none", gt=1)
+    correction: str = key(
+        "token_truncate",
+        "importance weight trainer/engine of a token or a whole response, cut at its maximum or set to 0 outside bounds",
+        choices=("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+    )
+    max_importance_weight: float = key(2.0, "upper bound of the importance weight", ge=1)
+    min_importance_weight: float = key(0.5, "correction=*_mask: lower bound of the importance weight", ge=0, le=1)
+    mismatch_alarm: float = key(0.05, "nats of KL between engine and trainer from which a step warns", gt=0)
     entropy_coef: float = key(0.0, "entropy bonus", ge=0)
+    kl_coef: float = key(0.0, "weight of the KL to the model as it was before the first step", ge=0)
+    kl_kind: str = key("k3", "its estimate when it is in the loss", choices=("k1", "k2", "k3"))
+    kl_in: str = key("loss", "where it counts; in the reward it is k1", choices=("loss", "reward"))
+    mask_truncated: bool = key(False, "responses cut at the token limit are not trained on")
 
 
 @dataclass
 class TrainerConfig:
     num_workers: int = key(1, "DeepSpeed ranks", ge=1)
     zero_stage: int = key(1, "DeepSpeed ZeRO stage", choices=(0, 1, 2, 3))
-    micro_batch_tokens: int = key(16384, "tokens, padding included, of one forward and backward pass", ge=1)
+    micro_batch_tokens: int = key(16384, "tokens of one forward and backward pass", ge=1)
     lr: float = key(1e-6, "peak learning rate", gt=0)
     lr_schedule: str = key("constant", "after the warm-up", choices=("constant", "linear", "cosine"))
     warmup_updates: int = key(0, "updates over which the learning rate rises from 0", ge=0)
@@ -162,6 +179,8 @@ class TrainerConfig:
     beta2: float = key(0.999, "AdamW beta 2", ge=0, le=1)
     max_grad_norm: float = key(1.0, "gradients are scaled down to this norm", gt=0)
     gradient_checkpointing: bool = key(False, "recompute activations in the backward pass")
+    offload: str = key("none", "kept in the host's memory; all: parameters too", choices=("none", "optimizer", "all"))
+    compile: bool = key(False, "torch.compile: minutes at the first step, faster afterwards")
 
 
 @dataclass
@@ -423,6 +442,17 @@ def _check_together(config: Config) -> None:
     backend, device = config.weight_sync.backend, config.cluster.device
     if backend != "auto" and (backend == "shared_memory") != (device == "cpu"):
         raise UserError(f"weight_sync.backend={backend} does not work with cluster.device={device}: use auto")
+    stage, offload = config.trainer.zero_stage, config.trainer.offload
+    if (offload == "all" and stage != 3) or (offload == "optimizer" and stage == 0):
+        needed = "3" if offload == "all" else "1, 2 or 3"
+        raise UserError(
+            f"trainer.offload={offload} needs trainer.zero_stage={needed}, and it is {stage}: set one of them"
+        )
+    if config.reward.overlong_tokens > config.model.max_response_tokens:
+        raise UserError(
+            f"reward.overlong_tokens={config.reward.overlong_tokens} is more than model.max_response_tokens="
+            f"{config.model.max_response_tokens}: choose at most that"
+        )
     OutcomeRule(config.selection.unsolved_at, config.selection.solved_at, config.selection.min_spread)
     if config.resume != "no":
         raise UserError(f"resume={config.resume} is not built yet: start a new run with resume=no")
@@ -443,6 +473,13 @@ _EFFECTS: list[tuple[str, Callable[[Config], bool], str]] = [
     *((f"eval.{name}", lambda c: bool(c.eval.benchmarks), "eval.benchmarks is empty")
       for name in ("every", "num_rollouts", "temperature")),
     ("selection.max_rounds", lambda c: c.selection.admission == "mixed", "selection.admission is not mixed"),
+    ("algo.min_importance_weight", lambda c: c.algo.correction.endswith("mask"), "algo.correction does not mask"),
+    ("algo.max_importance_weight", lambda c: c.algo.correction != "none", "algo.correction is none"),
+    *((f"algo.{name}", lambda c: c.algo.loss != "reinforce", "algo.loss=reinforce does not clip")
+      for name in ("clip_low", "clip_high")),
+    ("algo.dual_clip", lambda c: c.algo.loss in ("ppo", "gspo"), "only algo.loss=ppo and gspo have it"),
+    ("algo.kl_kind", lambda c: c.algo.kl_coef > 0 and c.algo.kl_in == "loss", "no KL is in the loss"),
+    ("algo.kl_in", lambda c: c.algo.kl_coef > 0, "algo.kl_coef is 0"),
     ("checkpoint.keep", lambda c: c.checkpoint.every > 0, "checkpoint.every=0 writes only the last one"),
     ("rollout.kv_cache_gib", lambda c: c.cluster.device == "cpu", "cluster.device is not cpu"),
     ("rollout.tensor_parallel", lambda c: c.cluster.device == "gpu", "cluster.device is cpu"),

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from dpsrl.algo.packing import Layout
+from dpsrl.algo.packing import Update
 from dpsrl.cluster import Cluster, StallError
 from dpsrl.config import Config
 from dpsrl.controller import Controller
@@ -239,12 +239,19 @@ class TrainerPool:
         """Sends to every engine; the failures by engine index."""
         return self._all("send its weights", "send_weights", policy_version)[0]
 
-    def train_step(self, layout: Layout) -> dict[str, float]:
-        """Metrics of the step's updates; `layout` is [update][rank][micro_batch]."""
+    def train_step(self, updates: list[Update]) -> dict[str, float]:
+        """Metrics of the step's updates."""
         calls = {
-            rank: rank.train_step.remote([update[index] for update in layout]) for index, rank in enumerate(self.ranks)
+            rank: rank.train_step.remote([(u.ranks[index], u.total_weight, u.trained_weight) for u in updates])
+            for index, rank in enumerate(self.ranks)
         }
         return self.cluster.get(calls, "train")[0]
+
+    def reference_log_ratios(self, update: Update) -> np.ndarray:
+        """float64, for each rollout that is laid out, sum over its tokens of log p_engine - log p_reference."""
+        calls = {rank: rank.reference_log_ratios.remote(update.ranks[index]) for index, rank in enumerate(self.ranks)}
+        ratios = {i: ratio for part in self.cluster.get(calls, "score the reference") for i, ratio in part.items()}
+        return np.array([ratios[i] for i in range(len(ratios))])
 
     def logprobs(self, token_ids: np.ndarray) -> np.ndarray:
         return self._all("score the canary", "logprobs", token_ids)[0]

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from dpsrl.algo.advantages import group_advantages
-from dpsrl.algo.packing import lay_out, padding_share
+from dpsrl.algo.advantages import advantages
+from dpsrl.algo.packing import Update, lay_out, shares
 from dpsrl.checkpoint import RunFolder, check_model_folder
 from dpsrl.cluster import Cluster, check_resources, num_local_gpus, resource_plan
 from dpsrl.config import CONTROLLER_KEYS, Config, help_text, load_config
@@ -39,7 +39,7 @@ from dpsrl.rewards import Scorer, check_function
 from dpsrl.screen import Screen
 from dpsrl.selection import build_selector
 from dpsrl.selection.outcomes import OutcomeRule
-from dpsrl.types import Group, Sequence, UserError
+from dpsrl.types import Group, TrainGroup, UserError
 
 MAX_CANARY_TOKENS = 256
 
@@ -92,19 +92,17 @@ def train_step(run: Run, step: int) -> None:
     with metrics.timer("time/select_ms"):
         metrics.add(run.controller.observe())
         metrics.add({f"selection/occupancy/{state}": n for state, n in run.controller.occupancy().items()})
-    sequences = sequences_of(batch_of(run, step), config, step)
-    run.num_trained += len(sequences)
+    groups = train_groups(run, batch_of(run, step), step)
+    run.num_trained += sum(len(group.responses) for group in groups)
     metrics.add({"rollout/num_trained": run.num_trained})
-    if len(sequences) >= config.train.num_updates:
-        with metrics.timer("time/train_s"):
-            layout = lay_out(
-                sequences, config.trainer.num_workers, config.train.num_updates,
-                config.trainer.micro_batch_tokens, run.tokenizer.pad_token_id, config.algo.aggregation,
-            )  # fmt: skip
-            metrics.add({"train/padding_share": padding_share(layout)})
-            metrics.add({f"train/{name}": value for name, value in run.trainers.train_step(layout).items()})
+    if len(groups) >= config.train.num_updates:
+        updates = layout(groups, config)
+        metrics.add({f"train/{name}_share": value for name, value in shares(updates).items()})
+        trained = run.trainers.train_step(updates)
+        metrics.add({"time/train_s": trained.pop("busy_s")})
+        metrics.add({f"train/{name}": value for name, value in trained.items()})
     else:
-        run.screen.line(f"warning: step {step} has no update, because only {len(sequences)} rollouts can be trained on")
+        run.screen.line(f"warning: step {step} has no update, because only {len(groups)} groups can be trained on")
     with metrics.timer("time/sync_s"):
         metrics.add({"sync/canary_diff": run.weights.send(step), "sync/policy_version": step})
 
@@ -165,17 +163,51 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
     return measures
 
 
-def sequences_of(groups: list[Group], config: Config, step: int) -> list[Sequence]:
+def train_groups(run: Run, groups: list[Group], step: int) -> list[TrainGroup]:
     """Every rollout that has a reward, with its advantage; groups shuffled, so that updates are alike."""
+    config = run.config
     order = np.random.default_rng([config.seed, step]).permutation(len(groups))
-    sequences = []
-    for group in (groups[position] for position in order):
-        advantages_G = group_advantages(group.rewards_G, config.algo.advantage)
-        for rollout, score, advantage in zip(group.rollouts, group.scores, advantages_G, strict=True):
-            if score is not None:
-                token_ids = np.concatenate([group.prompt_token_ids, rollout.token_ids])
-                sequences.append(Sequence(token_ids, len(group.prompt_token_ids), rollout.logprobs, float(advantage)))
-    return sequences
+    groups = [groups[place] for place in order]
+    rewards = [group.rewards_G for group in groups]
+    if config.algo.kl_coef and config.algo.kl_in == "reward":
+        rewards = with_kl(run, groups, rewards)
+    made = []
+    for group, advantages_G in zip(groups, advantages(rewards, config.algo.advantage), strict=True):
+        kept = [
+            i for i, (rollout, score) in enumerate(zip(group.rollouts, group.scores, strict=True))
+            if score is not None and not (config.algo.mask_truncated and rollout.finish_reason == "length")
+        ]  # fmt: skip
+        if kept:
+            made.append(train_group(group, kept, advantages_G))
+    return made
+
+
+def train_group(group: Group, kept: list[int], advantages_G: np.ndarray) -> TrainGroup:
+    rollouts = [group.rollouts[i] for i in kept]
+    responses, logprobs = [rollout.token_ids for rollout in rollouts], [rollout.logprobs for rollout in rollouts]
+    return TrainGroup(group.prompt_token_ids, responses, logprobs, advantages_G[kept])
+
+
+def with_kl(run: Run, groups: list[Group], rewards: list[np.ndarray]) -> list[np.ndarray]:
+    """The rewards less the KL of each rollout to the reference, k1 over its tokens (RLOO, arXiv 2402.14740, eq. 5)."""
+    whole = [train_group(group, list(range(len(group.rollouts))), np.zeros(len(group.rollouts))) for group in groups]
+    ratios = run.trainers.reference_log_ratios(layout(whole, run.config, num_updates=1, skip_constant=False)[0])
+    run.metrics.add({"train/reference_kl": float(ratios.sum() / sum(r.size for g in whole for r in g.responses))})
+    parts = np.split(ratios, np.cumsum([rewards_G.size for rewards_G in rewards])[:-1])
+    return [rewards_G - run.config.algo.kl_coef * part for rewards_G, part in zip(rewards, parts, strict=True)]
+
+
+def layout(
+    groups: list[TrainGroup], config: Config, num_updates: int | None = None, skip_constant: bool | None = None
+) -> list[Update]:
+    """Groups without a gradient are left out where the loss is nothing but advantage x something."""
+    algo = config.algo
+    only_advantages = not algo.entropy_coef and not (algo.kl_coef and algo.kl_in == "loss")
+    return lay_out(
+        groups, config.trainer.num_workers, num_updates or config.train.num_updates, config.trainer.micro_batch_tokens,
+        algo.aggregation, config.model.max_response_tokens,
+        only_advantages if skip_constant is None else skip_constant,
+    )  # fmt: skip
 
 
 def evaluate(run: Run, step: int) -> None:

@@ -1,8 +1,9 @@
 """TrainerWorker: one DeepSpeed rank. It knows tensors and updates, not prompts, rewards or engines.
 
-What a step leaves out, and what would make that wrong: there is no critic, no reference model and no
-dropout; with one update per step the policy that sampled is the policy that is updated, so its logprobs
-need no pass of their own. With several, those of the later updates are computed once, before the first.
+An update is `accumulate` for every micro-batch, in as many calls as it takes, and one `update` that divides by the
+update's total weight and steps: the normalisation is written there and nowhere else. What a step leaves out, and what
+would make that wrong: there is no critic and no dropout; the first update of a step meets the policy that the step
+began with, so that its old logprobs need no pass of their own. Those of later updates are computed once, before it.
 """
 
 from __future__ import annotations
@@ -10,22 +11,24 @@ from __future__ import annotations
 import math
 import os
 import socket
+import time
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
-from dpsrl.algo.losses import mismatch_metrics, policy_loss, rollout_correction, token_logprobs
-from dpsrl.algo.packing import MicroBatch
+from dpsrl.algo.losses import Rows, kl, log_ratio, mismatch_metrics, policy_loss, rollout_correction
+from dpsrl.algo.packing import MicroBatch, lay_out
 from dpsrl.config import Config, TrainerConfig
-from dpsrl.types import WeightMeta
+from dpsrl.policy import Policy, has_flash_attention, load_policy, packed_batch
+from dpsrl.types import TrainGroup, WeightMeta
 
 
 class TrainerWorker:
-    """Owns the policy, its optimizer, and the count of updates."""
+    """Owns the policy, its optimizer, the reference if there is one, and the count of updates."""
 
     def __init__(self, config: Config, rank: int, num_threads: int) -> None:
         self.config = config
@@ -34,6 +37,9 @@ class TrainerWorker:
         self.num_threads = num_threads
         self.num_updates_done = 0
         self.sender = None
+        self.reference: Any = None
+        self._sums: dict[str, float] = {}  # of the step under way: weighted sums over this rank's tokens
+        self._busy_s = 0.0
 
     def free_port(self) -> int:
         """A port on this rank's machine for the others to meet it."""
@@ -56,107 +62,169 @@ class TrainerWorker:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="gloo" if config.cluster.device == "cpu" else "nccl")
         torch.manual_seed(config.seed)
+        policy = self._load()
+        self.flash = has_flash_attention(self.device, getattr(torch, config.model.dtype))
         self.engine = deepspeed.initialize(
-            model=(model := _load_model(config)),
-            optimizer=torch.optim.AdamW(
-                model.parameters(),
-                lr=config.trainer.lr,
-                betas=(config.trainer.beta1, config.trainer.beta2),
-                weight_decay=config.trainer.weight_decay,
-            ),
+            model=policy,
+            optimizer=self._optimizer(policy),
             config=_deepspeed_config(config),
         )[0]
-        self.engine.clip_fp32_gradients = self._clip_gradients
+        self.engine.clip_fp32_gradients = self._scale_and_clip
+        if config.algo.kl_coef:
+            self.reference = self._load_reference()
+
+    def _load(self) -> Policy:
+        """float32 logits on GPUs, as the engines compute them there."""
+        config = self.config
+        dtype = getattr(torch, config.model.dtype)
+        head_dtype = torch.float32 if config.cluster.device == "gpu" else dtype
+        trainer = config.trainer
+        return load_policy(config.model.path, dtype, head_dtype, trainer.gradient_checkpointing, trainer.compile)
+
+    def _optimizer(self, policy: Policy) -> torch.optim.Optimizer:
+        trainer = self.config.trainer
+        betas = (trainer.beta1, trainer.beta2)
+        return torch.optim.AdamW(policy.parameters(), trainer.lr, betas, weight_decay=trainer.weight_decay)
+
+    def _load_reference(self) -> Any:
+        """The policy as it is before the first step, frozen; shared out over the ranks where the policy is."""
+        import deepspeed
+
+        reference = self._load().requires_grad_(False).eval()
+        if self.config.trainer.zero_stage < 3:
+            return reference.to(self.device)
+        return deepspeed.initialize(model=reference, config=_deepspeed_config(self.config))[0]
 
     # --- training -----------------------------------------------------------------------------------
 
-    def train_step(self, updates: list[list[MicroBatch]]) -> dict[str, float]:
-        """Metrics of one step: an optimizer update for each list of this rank's micro-batches.
+    def train_step(self, updates: list[tuple[list[MicroBatch], float, float]]) -> dict[str, float]:
+        """Metrics of one step: an update for each (this rank's micro-batches, total weight, weight trained on)."""
+        with self._timed():
+            old = [None, *([self._old_logprobs(micro) for micro in micro_batches] for micro_batches, *_ in updates[1:])]
+        for (micro_batches, total_weight, trained_weight), old_logprobs in zip(updates, old, strict=True):
+            self.accumulate(micro_batches, old_logprobs)
+            self.update(total_weight, trained_weight)
+        return self.finish_step(len(updates))
 
-        The loss of an update is sum(token loss * weight), with weights that sum to one over all ranks, so
-        it does not depend on how the update is split (`algo/packing.py`).
-        """
-        # The first update meets the policy that its step began with: its old logprobs are its own.
-        first, *later = updates
-        old = [[None] * len(first), *([self._old_logprobs(micro) for micro in update] for update in later)]
-        totals: dict[str, float] = {}
-        for index, update in enumerate(updates):
-            lr = lr_at(self.num_updates_done, self.config.trainer, self._total_updates())
+    def accumulate(self, micro_batches: list[MicroBatch], old_logprobs: list[Tensor] | None = None) -> None:
+        """Adds the gradients of the micro-batches to those of the update under way."""
+        with self._timed():
+            for place, micro in enumerate(micro_batches):
+                self._backward(micro, None if old_logprobs is None else old_logprobs[place])
+
+    def update(self, total_weight: float, trained_weight: float) -> None:
+        """Divides the accumulated gradients by the update's total weight, over all ranks, clips and steps."""
+        with self._timed():
+            lr = lr_at(
+                self.num_updates_done, self.config.trainer, self.config.train.steps * self.config.train.num_updates
+            )
             for group in self.engine.optimizer.param_groups:
                 group["lr"] = lr
-            for micro, old_logprobs_BT in zip(update, old[index], strict=True):
-                self._backward(micro, old_logprobs_BT, totals)
-            self.engine.step()
+            # DeepSpeed averages gradients over ranks, and the loss is a sum over them.
+            self._step(total_weight / self.world_size)
             self.num_updates_done += 1
-            totals["grad_norm"] = totals.get("grad_norm", 0.0) + self._grad_norm() / self.world_size
-        return self._reduce(totals, len(updates)) | {"lr": lr}
+            norm = float(self.engine.get_global_grad_norm())
+        done = self._sums.setdefault
+        for name in [name for name in self._sums if "/" not in name]:
+            share = total_weight if name == "loss" else max(trained_weight, 1e-30)
+            self._sums[f"step/{name}"] = done(f"step/{name}", 0.0) + self._sums.pop(name) / share
+        self._sums["step/grad_norm"] = done("step/grad_norm", 0.0) + norm / self.world_size
+        self._sums["step/lr"] = lr / self.world_size
 
-    def _clip_gradients(self) -> None:
+    def finish_step(self, num_updates: int) -> dict[str, float]:
+        """Sums over ranks, means over the step's updates; `busy_s`, seconds this rank computed."""
+        lr = self._sums.pop("step/lr") * self.world_size
+        names = sorted(self._sums)
+        values = torch.tensor([self._sums[name] for name in names], dtype=torch.float64, device=self.device)
+        dist.all_reduce(values)
+        metrics = {n.removeprefix("step/"): float(v) / num_updates for n, v in zip(names, values, strict=True)}
+        busy_s, self._busy_s, self._sums = self._busy_s, 0.0, {}
+        return metrics | {"lr": lr, "busy_s": busy_s}
+
+    def _step(self, divisor: float) -> None:
+        """The optimizer's step on gradients divided by `divisor`, which is what a loss scale is for."""
+        self._divisor = divisor
+        optimizer = self.engine.optimizer
+        if hasattr(optimizer, "override_loss_scale"):  # ZeRO 1 to 3
+            optimizer.custom_loss_scaler, optimizer.external_loss_scale = True, divisor
+        self.engine.step()
+        if hasattr(optimizer, "override_loss_scale"):
+            optimizer.external_loss_scale = 1.0  # backward would multiply by it
+
+    def _scale_and_clip(self) -> None:
         """What DeepSpeed calls without ZeRO in float32; its own forgets the norm."""
-        norm = torch.nn.utils.clip_grad_norm_(self.engine.module.parameters(), self.config.trainer.max_grad_norm)
+        parameters = [p for p in self.engine.module.parameters() if p.grad is not None]
+        torch._foreach_div_([p.grad for p in parameters], self._divisor)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.trainer.max_grad_norm)
         self.engine._global_grad_norm = norm
 
-    def _grad_norm(self) -> float:
-        """Of the last update, over all ranks, before clipping."""
-        return float(self.engine.get_global_grad_norm())
-
-    def _backward(self, micro: MicroBatch, old_logprobs_BT: Tensor | None, totals: dict[str, float]) -> None:
+    def _backward(self, micro: MicroBatch, old_logprobs_L: Tensor | None) -> None:
         algo = self.config.algo
-        mask_BT, weights_BT = self._tensor(micro.loss_mask_BT), self._tensor(micro.weights_BT)
-        rollout_logprobs_BT = self._tensor(micro.rollout_logprobs_BT)
-        logprobs_BT, entropy_BT = self._forward(micro, with_entropy=True)
-        old_logprobs_BT = logprobs_BT.detach() if old_logprobs_BT is None else old_logprobs_BT
+        logprobs_L, entropy_L = self._logprobs(self.engine, micro, with_entropy=True)
+        old_logprobs_L = logprobs_L.detach() if old_logprobs_L is None else old_logprobs_L
+        rollout_L, weights_L = self._tensor(micro.rollout_L), self._tensor(micro.weights_L)
+        rows = Rows(self._tensor(micro.row_L), micro.row_lengths_S.size)
+        correction_L = rollout_correction(
+            old_logprobs_L, rollout_L, rows, algo.correction, algo.min_importance_weight, algo.max_importance_weight
+        )
         loss, metrics = policy_loss(
-            logprobs_BT,
-            old_logprobs_BT,
-            self._tensor(micro.advantages_B)[:, None],
-            mask_BT,
-            weights_BT,
-            algo.clip_low,
-            algo.clip_high,
-            algo.dual_clip,
-            rollout_correction(old_logprobs_BT, rollout_logprobs_BT, mask_BT, algo.max_importance_weight),
-        )
+            logprobs_L, old_logprobs_L, self._tensor(micro.advantages_S)[rows.row_L], weights_L, rows,
+            algo.loss, algo.clip_low, algo.clip_high, algo.dual_clip, correction_L,
+        )  # fmt: skip
         metrics |= mismatch_metrics(
-            old_logprobs_BT, rollout_logprobs_BT, mask_BT, weights_BT, algo.max_importance_weight
+            old_logprobs_L, rollout_L, correction_L, weights_L, rows, algo.max_importance_weight
         )
-        entropy = (entropy_BT * weights_BT).sum()
-        loss = loss - algo.entropy_coef * entropy
-        # DeepSpeed averages gradients over ranks; the weights already sum to one over all of them.
-        self.engine.backward(loss * self.world_size)
-        for name, value in (metrics | {"loss": loss.detach(), "entropy": entropy.detach()}).items():
-            totals[name] = totals.get(name, 0.0) + float(value)
+        entropy = (entropy_L * weights_L).sum()
+        metrics["entropy"] = entropy.detach()
+        if algo.entropy_coef:
+            loss = loss - algo.entropy_coef * entropy
+        if self.reference is not None and algo.kl_in == "loss":
+            kl_L = kl(log_ratio(self._reference_logprobs(micro), logprobs_L), algo.kl_kind)
+            reference_kl = (kl_L * weights_L).sum()
+            loss, metrics["reference_kl"] = loss + algo.kl_coef * reference_kl, reference_kl.detach()
+        self.engine.backward(loss)
+        for name, value in (metrics | {"loss": loss.detach()}).items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(value)
 
     @torch.no_grad()
     def _old_logprobs(self, micro: MicroBatch) -> Tensor:
-        return self._forward(micro, with_entropy=False)[0]
+        return self._logprobs(self.engine, micro)[0]
 
-    def _forward(self, micro: MicroBatch, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
-        """Logprob and entropy (B, T) of each token given those before it, at the sampling temperature."""
-        token_ids_BT = self._tensor(micro.token_ids_BT)
-        attention_mask_BT = self._tensor(micro.attention_mask_BT).long()
-        logits_BTV = self.engine(input_ids=token_ids_BT, attention_mask=attention_mask_BT, use_cache=False).logits
-        return token_logprobs(logits_BTV, token_ids_BT, self.config.rollout.temperature, with_entropy)
+    @torch.no_grad()
+    def _reference_logprobs(self, micro: MicroBatch) -> Tensor:
+        return self._logprobs(self.reference, micro)[0]
 
-    def _reduce(self, totals: dict[str, float], num_updates: int) -> dict[str, float]:
-        """Sums over ranks, means over the updates of the step."""
-        names = sorted(totals)
-        values = torch.tensor([totals[name] for name in names], dtype=torch.float64, device=self.device)
-        dist.all_reduce(values)
-        return {name: float(value) / num_updates for name, value in zip(names, values, strict=True)}
+    def reference_log_ratios(self, micro_batches: list[MicroBatch]) -> dict[int, float]:
+        """For each rollout of this rank the sum over its tokens of log p_engine - log p_reference, by its id."""
+        ratios = {}
+        for micro in micro_batches:
+            difference_L = self._tensor(micro.rollout_L) - self._reference_logprobs(micro)
+            rows = Rows(self._tensor(micro.row_L), micro.row_lengths_S.size)
+            ratios |= dict(zip(micro.ids_S.tolist(), rows.total(difference_L).tolist(), strict=True))
+        return {i: ratio for i, ratio in ratios.items() if i >= 0}
+
+    def _logprobs(self, model: Any, micro: MicroBatch, with_entropy: bool = False) -> tuple[Tensor, Tensor]:
+        batch = packed_batch(micro, self.device, self.flash)
+        return model(batch, self.config.rollout.temperature, with_entropy)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.tensor(array, device=self.device)  # a copy: arrays from Ray's object store are read-only
 
-    def _total_updates(self) -> int:
-        return self.config.train.steps * self.config.train.num_updates
+    @contextmanager
+    def _timed(self):
+        started = time.monotonic()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self._busy_s += time.monotonic() - started
 
     @torch.no_grad()
     def logprobs(self, token_ids: np.ndarray) -> np.ndarray:
         """float32 (len - 1,): log p(token t | tokens before t), temperature 1; called on every rank (ZeRO-3)."""
-        ids = self._tensor(token_ids).long()[None]
-        logits = self.engine(input_ids=ids, use_cache=False).logits
-        return token_logprobs(logits, ids)[0][0, 1:].float().cpu().numpy()
+        ids = np.asarray(token_ids)
+        group = TrainGroup(ids[:1], [ids[1:]], [np.zeros(ids.size - 1, dtype=np.float32)], np.zeros(1))
+        ((micro,),) = lay_out([group], 1, 1, ids.size)[0].ranks
+        return self.engine(packed_batch(micro, self.device, self.flash))[0].float().cpu().numpy()
 
     # --- weights ------------------------------------------------------------------------------------
 
@@ -184,7 +252,7 @@ class TrainerWorker:
         """A Hugging Face folder with this policy; called on every rank, written by rank 0."""
         weights = {name: tensor.clone().cpu() for name, tensor in self._source()}
         if self.rank == 0:
-            model = self.engine.module
+            model = self.engine.module.model
             model.save_pretrained(folder, state_dict=weights, safe_serialization=True)
         dist.barrier()
 
@@ -192,7 +260,7 @@ class TrainerWorker:
         from dpsrl.weight_sync import ModelSource
 
         bucket_bytes = self.config.weight_sync.bucket_mib << 20
-        return ModelSource(self.engine.module, getattr(torch, self.config.model.dtype), bucket_bytes)
+        return ModelSource(self.engine.module.model, getattr(torch, self.config.model.dtype), bucket_bytes)
 
 
 def lr_at(update: int, config: TrainerConfig, total_updates: int) -> float:
@@ -207,33 +275,25 @@ def lr_at(update: int, config: TrainerConfig, total_updates: int) -> float:
     return config.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def _load_model(config: Config) -> torch.nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        config.model.path, dtype=getattr(torch, config.model.dtype), attn_implementation="sdpa"
-    )
-    if config.trainer.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if config.model.dtype == "bfloat16" and config.cluster.device == "gpu":
-        _use_float32_head(model)
-    return model.train()
-
-
-def _use_float32_head(model: torch.nn.Module) -> None:
-    """Logits in float32, as the engines compute them (`head_dtype`): one side alone drifts further than none."""
-    head = model.get_output_embeddings()
-    head.forward = lambda hidden: F.linear(hidden.float(), head.weight.float())
-
-
 def _deepspeed_config(config: Config) -> dict[str, Any]:
+    half = config.model.dtype == "bfloat16"
+    # In bfloat16 DeepSpeed shares out its float32 copies over ranks in stage 0 too, but takes no loss scale there.
+    stage = max(1, config.trainer.zero_stage) if half else config.trainer.zero_stage
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,  # any number of backward calls, then step()
         "gradient_clipping": config.trainer.max_grad_norm,
-        "bf16": {"enabled": config.model.dtype == "bfloat16"},
-        "zero_optimization": {"stage": config.trainer.zero_stage},
+        "bf16": {"enabled": half},
+        "zero_optimization": {"stage": stage} | _offload(config.trainer.offload),
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }
+
+
+def _offload(what: str) -> dict[str, Any]:
+    """DeepSpeed's keys for what is kept in the host's memory while it is not needed."""
+    to_cpu = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    keys = {"none": (), "optimizer": ("offload_optimizer",), "all": ("offload_optimizer", "offload_param")}[what]
+    return {key: to_cpu for key in keys}

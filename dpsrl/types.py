@@ -82,13 +82,16 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Sequence:
-    """One rollout ready for the trainer: prompt and response joined, with its advantage."""
+class TrainGroup:
+    """The rollouts of one prompt ready for the trainer; those without a reward are left out.
 
-    token_ids: np.ndarray  # int32 (prompt_len + response_len,)
-    prompt_len: int
-    rollout_logprobs: np.ndarray  # float32 (response_len,)
-    advantage: float
+    `TrainGroup([5, 6, 7], [[8, 2], [9, 9, 2]], [[-0.1, -0.3], [-1.2, -0.4, -0.1]], [0.7, -0.7])`.
+    """
+
+    prompt_token_ids: np.ndarray  # int32 (prompt_len,)
+    responses: list[np.ndarray]  # int32 (response_len,) each
+    rollout_logprobs: list[np.ndarray]  # float32 (response_len,) each
+    advantages: np.ndarray  # float64, one per response
 
 
 @dataclass(frozen=True, slots=True)

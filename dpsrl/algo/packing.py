@@ -1,190 +1,252 @@
-"""Lays the sequences of a step out as updates x ranks x micro-batches, with the loss weight of every token.
+"""Packs the groups of a step as updates x ranks x micro-batches, without padding and with every prompt held once.
 
 numpy only; knows nothing of models, losses or processes.
 
-Axes: B rows of one micro-batch, T token positions, the width of the longest row; rows are padded
-on the right. Every (B, T) array is about the token AT t: its logprob, whether it is a loss token.
+A micro-batch is one line of tokens. A group's prompt stands in it once, followed by the responses to it, so that the
+model's layers run over each prompt once instead of once a rollout. Only attention sees rows: row s is the prompt and
+the response of rollout s, as indices into the line.
 
-A loss is sum over tokens of weight x per-token loss, and the weights are made here, once, from
-the whole update. So the sum over the micro-batches of all ranks is the loss of the update
-whatever the layout, and its gradient too. A backend that AVERAGES gradients over ranks (DeepSpeed,
-DDP) needs the loss times the number of ranks; one that divides by the number of micro-batches,
-times that too.
+Axes: N tokens of the line, S rows (rollouts), M tokens of all rows end to end, L loss tokens (those of responses).
+
+Every loss token has a weight, and an update has a total weight: its loss is sum(weight x token loss) / total, over all
+micro-batches of all ranks. So it is the same whatever the layout, and its gradient too.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from dpsrl.types import Sequence
+from dpsrl.types import TrainGroup
 
-AGGREGATIONS = ("token_mean", "sequence_mean")
-Layout = list[list[list["MicroBatch"]]]  # [update][rank][micro_batch]
+AGGREGATIONS = ("token_mean", "sequence_mean", "prompt_mean", "sequence_sum")
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Rows that go through the model together.
+    """What goes through the model at once.
 
-    Prompt [5, 6, 7] with response [8, 2], and prompt [5] with response [9]: token_ids
-    [[5, 6, 7, 8, 2], [5, 9, 0, 0, 0]], lengths [5, 2], loss_mask [[0, 0, 0, 1, 1], [0, 1, 0, 0, 0]].
+    Prompt [5, 6] with responses [8, 2] and [9]: token_ids [5, 6, 8, 2, 9], position_ids [0, 1, 2, 3, 2],
+    row_tokens [0, 1, 2, 3, 0, 1, 4] with row_lengths [4, 3], predictor [1, 2, 1], target [8, 2, 9].
     """
 
-    token_ids_BT: np.ndarray  # int64, pad_token_id beyond each row's length
-    lengths_B: np.ndarray  # int64, prompt and response together
-    loss_mask_BT: np.ndarray  # bool, True where the token is of a response
-    advantages_B: np.ndarray  # float64, one per sequence
-    weights_B: np.ndarray  # float64, the loss weight of each loss token of the row
-    rollout_logprobs_BT: np.ndarray  # float32, 0 outside the loss mask
-
-    @property
-    def weights_BT(self) -> np.ndarray:
-        """Loss weight of each token, float64, 0 outside the loss mask; they sum to 1 over an update."""
-        return self.loss_mask_BT * self.weights_B[:, None]
-
-    @property
-    def attention_mask_BT(self) -> np.ndarray:
-        """True where there is a token, bool."""
-        return np.arange(self.token_ids_BT.shape[1]) < self.lengths_B[:, None]
+    token_ids_N: np.ndarray  # int64
+    position_ids_N: np.ndarray  # int64, from 0 in each row
+    row_tokens_M: np.ndarray  # int64, the place on the line of each token of each row
+    row_lengths_S: np.ndarray  # int64
+    predictor_L: np.ndarray  # int64, the place on the line whose output says what comes next
+    target_L: np.ndarray  # int64, the token that came
+    row_L: np.ndarray  # int64, the row of each loss token
+    rollout_L: np.ndarray  # float32, its logprob when it was sampled
+    weights_L: np.ndarray  # float32, not normalised
+    advantages_S: np.ndarray  # float32
+    ids_S: np.ndarray  # int64, which rollout of the step a row is
 
     @property
     def num_loss_tokens(self) -> int:
         """0 marks a dummy: it takes part in the collectives of its rank and adds nothing."""
-        return int(self.loss_mask_BT.sum())
+        return self.target_L.size
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """One optimizer step: the micro-batches of each rank, equally many (ZeRO-3 ranks keep step)."""
+
+    ranks: list[list[MicroBatch]]
+    total_weight: float  # what the loss is divided by: of all groups, those left out for want of a gradient too
+    trained_weight: float  # of the loss tokens that are here
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A prompt with some or all of its group's responses: what a micro-batch is made of."""
+
+    group: TrainGroup
+    rollouts: range
+    first_id: int  # of the group's first rollout
+    weights: np.ndarray  # per rollout of the group, of each of its tokens
+
+    @property
+    def num_tokens(self) -> int:
+        return self.group.prompt_token_ids.size + sum(self.group.responses[i].size for i in self.rollouts)
 
 
 def lay_out(
-    sequences: list[Sequence],
+    groups: Sequence[TrainGroup],
     num_ranks: int,
     num_updates: int,
     max_tokens: int,
-    pad_token_id: int,
     aggregation: str = "token_mean",
-) -> Layout:
-    """Micro-batches by [update][rank]; in an update every rank has equally many (ZeRO-3 ranks keep step).
+    max_response_tokens: int = 1,
+    skip_constant: bool = False,
+) -> list[Update]:
+    """The updates of a step, on contiguous and equal shares of its groups (to within one).
 
-    Updates are contiguous chunks of `sequences`, equal to within one. A micro-batch has at most
-    `max_tokens` cells (rows x width); a longer sequence goes alone. Ranks short of micro-batches
-    get dummies. ValueError when there are fewer sequences than updates, or a sequence is unusable.
+    A micro-batch has at most `max_tokens` tokens; a longer rollout goes alone. Ranks short of micro-batches get
+    dummies. max_response_tokens: what `sequence_sum` divides by. skip_constant: leaves out groups whose advantages are
+    all 0, which is exact where the loss is advantage x something. ValueError with fewer groups than updates.
     """
     assert num_ranks >= 1 and num_updates >= 1 and max_tokens >= 1
-    if len(sequences) < num_updates:
-        raise ValueError(f"{len(sequences)} sequences cannot be split into {num_updates} updates; lower the updates.")
-    for sequence in sequences:
-        check_sequence(sequence)
-    bounds = np.linspace(0, len(sequences), num_updates + 1).round().astype(int)
-    return [
-        lay_out_update(sequences[start:stop], num_ranks, max_tokens, pad_token_id, aggregation)
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
-    ]
+    for group in groups:
+        check_group(group)
+    if len(groups) < num_updates:
+        raise ValueError(f"{len(groups)} groups cannot be split into {num_updates} updates; lower the updates.")
+    first_ids = np.cumsum([0, *(len(group.responses) for group in groups)])
+    bounds = np.linspace(0, len(groups), num_updates + 1).round().astype(int)
+    updates = []
+    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        weights, total_weight = loss_weights(groups[start:stop], aggregation, max_response_tokens)
+        pieces, trained_weight = [], 0.0
+        for group, first_id, group_weights in zip(groups[start:stop], first_ids[start:stop], weights, strict=True):
+            if skip_constant and not group.advantages.any():
+                continue
+            pieces += cut(group, int(first_id), group_weights, max_tokens)
+            trained_weight += sum(w * r.size for w, r in zip(group_weights, group.responses, strict=True))
+        updates.append(Update(pack(pieces, num_ranks, max_tokens), total_weight, float(trained_weight)))
+    return updates
 
 
-def padding_share(layout: Layout) -> float:
-    """Share of the cells that hold no token of any sequence, in [0, 1)."""
-    micro_batches = [micro for ranks in layout for rank in ranks for micro in rank]
-    num_cells = sum(micro.token_ids_BT.size for micro in micro_batches)
-    num_tokens = sum(int(micro.lengths_B.sum()) for micro in micro_batches if micro.num_loss_tokens)
-    return 1.0 - num_tokens / num_cells
+def check_group(group: TrainGroup) -> None:
+    """Refuses what would train on nothing or on NaN, with a sentence."""
+    if not group.prompt_token_ids.size or not group.responses or not all(r.size for r in group.responses):
+        sizes = [response.size for response in group.responses]
+        raise ValueError(
+            f"a group has {group.prompt_token_ids.size} prompt tokens and responses of {sizes} tokens: it needs one of each"
+        )
+    for response, logprobs in zip(group.responses, group.rollout_logprobs, strict=True):
+        if logprobs.size != response.size:
+            raise ValueError(f"{logprobs.size} logprobs came with {response.size} response tokens.")
+    if len(group.advantages) != len(group.responses) or not np.isfinite(group.advantages).all():
+        raise ValueError(
+            f"advantages {group.advantages.tolist()} of {len(group.responses)} rollouts: leave out those without a reward"
+        )
 
 
-def lay_out_update(
-    sequences: list[Sequence], num_ranks: int, max_tokens: int, pad_token_id: int, aggregation: str
-) -> list[list[MicroBatch]]:
-    """The micro-batches of one update by rank, the widest first.
+def loss_weights(
+    groups: Sequence[TrainGroup], aggregation: str, max_response_tokens: int = 1
+) -> tuple[list[np.ndarray], float]:
+    """([weight of each loss token of each rollout, by group], what their weighted sum is divided by).
 
-    So those that run at the same time are alike, and a shortage of memory shows at once.
-    """
-    weights = loss_weights(sequences, aggregation)
-    lengths = np.array([sequence.token_ids.size for sequence in sequences])
-    by_rank = []
-    for rows in balance(lengths, num_ranks):
-        batches = cut(rows, lengths, max_tokens)
-        by_rank.append([join([sequences[i] for i in batch], weights[batch], pad_token_id) for batch in batches])
-    most = max(len(micro_batches) for micro_batches in by_rank)
-    return [micro + [dummy(pad_token_id) for _ in range(most - len(micro))] for micro in by_rank]
-
-
-def loss_weights(sequences: list[Sequence], aggregation: str) -> np.ndarray:
-    """Weight of each loss token of each sequence of one update, float64 (num_sequences,).
-
-    token_mean:     1 / (loss tokens of the update), all tokens equal        (DAPO, arXiv 2503.14476, eq. 8)
-    sequence_mean:  1 / (response length x sequences), all responses equal   (GRPO, arXiv 2402.03300, eq. 3)
+    token_mean:     1; loss tokens                  all tokens equal       (DAPO, arXiv 2503.14476, eq. 8)
+    sequence_mean:  1 / response length; rollouts   all responses equal    (GRPO, arXiv 2402.03300, eq. 3)
+    prompt_mean:    1 / the group's loss tokens; groups                    all prompts equal
+    sequence_sum:   1 / max_response_tokens; rollouts                      (Dr. GRPO, arXiv 2503.20783, section 3.3)
     """
     if aggregation not in AGGREGATIONS:
         raise ValueError(f"loss aggregation {aggregation!r} is unknown; use one of: {', '.join(AGGREGATIONS)}.")
-    num_response_tokens = np.array([sequence.token_ids.size - sequence.prompt_len for sequence in sequences])
+    lengths = [np.array([response.size for response in group.responses], dtype=np.float64) for group in groups]
+    num_rollouts = float(sum(len(group.responses) for group in groups))
     if aggregation == "token_mean":
-        return np.full(len(sequences), 1.0 / num_response_tokens.sum())
-    return 1.0 / (num_response_tokens * len(sequences))
+        return [np.ones_like(of_group) for of_group in lengths], float(sum(map(np.sum, lengths)))
+    if aggregation == "sequence_mean":
+        return [1.0 / of_group for of_group in lengths], num_rollouts
+    if aggregation == "prompt_mean":
+        return [np.full_like(of_group, 1.0 / of_group.sum()) for of_group in lengths], float(len(groups))
+    return [np.full_like(of_group, 1.0 / max_response_tokens) for of_group in lengths], num_rollouts
 
 
-def balance(lengths: np.ndarray, num_ranks: int) -> list[list[int]]:
-    """Rows of each rank, longest first, with nearly equal tokens per rank.
+def cut(group: TrainGroup, first_id: int, weights: np.ndarray, max_tokens: int) -> list[Piece]:
+    """The group as pieces of at most `max_tokens` tokens, each with the prompt; one rollout at least in each."""
+    pieces, start, size = [], 0, group.prompt_token_ids.size
+    for place, response in enumerate(group.responses):
+        if place > start and size + response.size > max_tokens:
+            pieces.append(Piece(group, range(start, place), first_id, weights))
+            start, size = place, group.prompt_token_ids.size
+        size += response.size
+    return [*pieces, Piece(group, range(start, len(group.responses)), first_id, weights)]
 
-    Longest-processing-time rule (Graham 1969): each sequence, longest first, goes to the rank
-    with the fewest tokens so far; the fullest rank has at most 4/3 of the best possible.
+
+def pack(pieces: list[Piece], num_ranks: int, max_tokens: int) -> list[list[MicroBatch]]:
+    """The micro-batches of each rank, the fullest first, so that a shortage of memory shows at once.
+
+    Pieces go to the emptiest rank, longest first (Graham 1969: the fullest rank has at most 4/3 of the best possible),
+    and there into the first micro-batch with room (first-fit decreasing).
     """
+    sizes = np.array([piece.num_tokens for piece in pieces], dtype=np.int64)
+    by_rank = []
+    for mine in balance(sizes, num_ranks):
+        bins: list[list[int]] = []
+        rooms: list[int] = []
+        for place in mine:
+            fitting = next((i for i, room in enumerate(rooms) if room >= sizes[place]), None)
+            if fitting is None:
+                bins.append([place])
+                rooms.append(max_tokens - int(sizes[place]))
+            else:
+                bins[fitting].append(place)
+                rooms[fitting] -= int(sizes[place])
+        by_rank.append([join([pieces[place] for place in places]) for places in bins])
+    most = max(1, *(len(micro_batches) for micro_batches in by_rank))
+    return [micro_batches + [dummy()] * (most - len(micro_batches)) for micro_batches in by_rank]
+
+
+def balance(sizes: np.ndarray, num_ranks: int) -> list[list[int]]:
+    """Places of each rank, longest first, with nearly equal tokens per rank."""
     by_rank: list[list[int]] = [[] for _ in range(num_ranks)]
     loads = [(0, rank) for rank in range(num_ranks)]
-    for row in np.argsort(-lengths, kind="stable").tolist():
+    for place in np.argsort(-sizes, kind="stable").tolist():
         load, rank = heapq.heappop(loads)
-        by_rank[rank].append(row)
-        heapq.heappush(loads, (load + int(lengths[row]), rank))
+        by_rank[rank].append(place)
+        heapq.heappush(loads, (load + int(sizes[place]), rank))
     return by_rank
 
 
-def cut(rows: list[int], lengths: np.ndarray, max_tokens: int) -> list[list[int]]:
-    """Rows, longest first, cut into runs whose cells (first row x count) stay within `max_tokens`."""
-    batches = []
-    start = 0
-    while start < len(rows):
-        count = max(1, max_tokens // int(lengths[rows[start]]))
-        batches.append(rows[start : start + count])
-        start += count
-    return batches
-
-
-def join(sequences: list[Sequence], weights_B: np.ndarray, pad_token_id: int) -> MicroBatch:
-    """One micro-batch of these sequences, padded to the longest."""
-    lengths_B = np.array([sequence.token_ids.size for sequence in sequences], dtype=np.int64)
-    shape = (len(sequences), int(lengths_B.max()))
-    token_ids_BT = np.full(shape, pad_token_id, dtype=np.int64)
-    loss_mask_BT = np.zeros(shape, dtype=bool)
-    rollout_logprobs_BT = np.zeros(shape, dtype=np.float32)
-    for row, sequence in enumerate(sequences):
-        length = sequence.token_ids.size
-        token_ids_BT[row, :length] = sequence.token_ids
-        loss_mask_BT[row, sequence.prompt_len : length] = True
-        rollout_logprobs_BT[row, sequence.prompt_len : length] = sequence.rollout_logprobs
-    advantages_B = np.array([sequence.advantage for sequence in sequences], dtype=np.float64)
-    return MicroBatch(token_ids_BT, lengths_B, loss_mask_BT, advantages_B, weights_B, rollout_logprobs_BT)
-
-
-def dummy(pad_token_id: int) -> MicroBatch:
-    """Two pad tokens that the model can run on and no loss is taken of."""
-    shape = (1, 2)
+def join(pieces: list[Piece]) -> MicroBatch:
+    tokens, positions, rows, lengths, predictors, targets, logprobs, weights, advantages, ids = ([] for _ in range(10))
+    place = 0
+    for piece in pieces:
+        group, num_prompt = piece.group, piece.group.prompt_token_ids.size
+        prompt = np.arange(place, place + num_prompt)
+        tokens.append(group.prompt_token_ids)
+        positions.append(np.arange(num_prompt))
+        place += num_prompt
+        for i in piece.rollouts:
+            response = group.responses[i]
+            mine = np.arange(place, place + response.size)
+            place += response.size
+            tokens.append(response)
+            positions.append(np.arange(num_prompt, num_prompt + response.size))
+            rows += [prompt, mine]
+            lengths.append(num_prompt + response.size)
+            predictors += [prompt[-1:], mine[:-1]]
+            targets.append(response)
+            logprobs.append(group.rollout_logprobs[i])
+            weights.append(np.full(response.size, piece.weights[i]))
+            advantages.append(group.advantages[i])
+            ids.append(piece.first_id + i)
     return MicroBatch(
-        np.full(shape, pad_token_id, dtype=np.int64),
-        np.array([2]),
-        np.zeros(shape, dtype=bool),
-        np.zeros(1),
-        np.zeros(1),
-        np.zeros(shape, dtype=np.float32),
+        np.concatenate(tokens).astype(np.int64),
+        np.concatenate(positions).astype(np.int64),
+        np.concatenate(rows).astype(np.int64),
+        np.array(lengths, dtype=np.int64),
+        np.concatenate(predictors).astype(np.int64),
+        np.concatenate(targets).astype(np.int64),
+        np.repeat(np.arange(len(targets)), [target.size for target in targets]),
+        np.concatenate(logprobs).astype(np.float32),
+        np.concatenate(weights).astype(np.float32),
+        np.array(advantages, dtype=np.float32),
+        np.array(ids, dtype=np.int64),
     )
 
 
-def check_sequence(sequence: Sequence) -> None:
-    """Refuses what would train on nothing or on NaN, with a sentence."""
-    num_response_tokens = sequence.token_ids.size - sequence.prompt_len
-    if sequence.prompt_len < 1 or num_response_tokens < 1:
-        raise ValueError(
-            f"a sequence has {sequence.prompt_len} prompt and {num_response_tokens} response tokens; "
-            "it needs one of each."
-        )
-    if sequence.rollout_logprobs.size != num_response_tokens:
-        raise ValueError(f"{sequence.rollout_logprobs.size} logprobs came with {num_response_tokens} response tokens.")
-    if not np.isfinite(sequence.advantage):
-        raise ValueError(f"a sequence has advantage {sequence.advantage}; leave rollouts without a reward out.")
+def dummy() -> MicroBatch:
+    """Two tokens that the model can run on and no loss is taken of."""
+    none, pair = np.zeros(0, dtype=np.int64), np.arange(2)
+    return MicroBatch(
+        np.zeros(2, dtype=np.int64), pair, pair, np.array([2]), none, none, none,
+        none.astype(np.float32), none.astype(np.float32), np.zeros(1, dtype=np.float32), np.array([-1]),
+    )  # fmt: skip
+
+
+def shares(updates: Sequence[Update]) -> dict[str, float]:
+    """Of the tokens that go through the model, those of no rollout (`padding`); of the tokens of all rows, those saved
+    by holding each prompt once (`shared`).
+    """
+    micro_batches = [micro for update in updates for rank in update.ranks for micro in rank]
+    run = sum(micro.token_ids_N.size for micro in micro_batches)
+    padding = sum(micro.token_ids_N.size for micro in micro_batches if not micro.num_loss_tokens)
+    rows = sum(micro.row_tokens_M.size for micro in micro_batches if micro.num_loss_tokens)
+    return {"padding": padding / run, "shared": 1.0 - (run - padding) / rows if rows else 0.0}

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpsrl.algo.advantages import group_advantages
+from dpsrl.algo.advantages import KINDS, advantages, overlong_penalty
 
 NAN = float("nan")
 
@@ -20,13 +20,30 @@ NAN = float("nan")
         # a missing reward: the others as a group of their own, itself 0; mean 1/2, std 0.70711
         ([1, NAN, 0], "grpo", [0.70710678, 0, -0.70710678]),
         ([1, NAN, 0], "dr_grpo", [0.5, 0, -0.5]),
+        # the others' means: 1/3 for a right one, 2/3 for a wrong one
+        ([1, 0, 1, 0], "rloo", [2 / 3, -2 / 3, 2 / 3, -2 / 3]),
+        ([1, NAN, 0], "rloo", [1.0, 0, -1.0]),
+        # differences of 1/2 throughout: std 1/2
+        ([1, NAN, 0], "reinforce_pp", [1.0, 0, -1.0]),
     ],
 )
 def test_by_hand(rewards, kind, expected):
-    np.testing.assert_allclose(group_advantages(np.array(rewards), kind), expected, atol=3e-6)
+    np.testing.assert_allclose(advantages([np.array(rewards)], kind)[0], expected, atol=3e-6)
 
 
-@pytest.mark.parametrize("kind", ["grpo", "dr_grpo"])
+def test_reinforce_pp_divides_by_the_std_of_the_whole_batch():
+    batch = [np.array([1.0, 0.0]), np.array([4.0, 0.0]), np.array([3.0, 3.0]), np.array([NAN, 7.0])]
+    made = advantages(batch, "reinforce_pp")
+    std = np.std([0.5, -0.5, 2.0, -2.0, 0.0, 0.0, 0.0])  # a group without a difference counts with its zeros
+    np.testing.assert_allclose(np.concatenate(made), [0.5 / std, -0.5 / std, 2 / std, -2 / std, 0, 0, 0, 0], rtol=1e-5)
+
+
+def test_overlong_penalty_by_hand():
+    assert [overlong_penalty(n, 20, 8) for n in (1, 12, 14, 16, 20, 25)] == [0.0, 0.0, -0.25, -0.5, -1.0, -1.0]
+    assert overlong_penalty(20, 20, 0) == 0.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "rewards",
     [
@@ -42,24 +59,26 @@ def test_by_hand(rewards, kind, expected):
     ],
 )
 def test_exactly_zero_without_a_difference(rewards, kind):
-    advantages = group_advantages(np.array(rewards), kind)
-    assert advantages.shape == (len(rewards),) and advantages.dtype == np.float64
-    assert (advantages == 0).all()
+    (made,) = advantages([np.array(rewards)], kind)
+    assert made.shape == (len(rewards),) and made.dtype == np.float64
+    assert (made == 0).all()
+    _, made = advantages([np.array([1.0, 0.0]), np.array(rewards)], kind)
+    assert (made == 0).all()
 
 
 @given(
     st.lists(st.one_of(st.just(NAN), st.floats(-100, 100)), min_size=1, max_size=16),
-    st.sampled_from(["grpo", "dr_grpo"]),
+    st.sampled_from(KINDS),
 )
 def test_finite_and_centred(rewards, kind):
-    advantages = group_advantages(np.array(rewards), kind)
-    assert np.isfinite(advantages).all()
-    assert abs(advantages.sum()) < 1e-6
-    assert (advantages[np.isnan(rewards)] == 0).all()
+    (made,) = advantages([np.array(rewards)], kind)
+    assert np.isfinite(made).all()
+    assert abs(made.sum()) < 1e-6
+    assert (made[np.isnan(rewards)] == 0).all()
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="'grop' is unknown; use one of: grpo, dr_grpo"):
-        group_advantages(np.array([0.0, 1.0]), "grop")
+    with pytest.raises(ValueError, match="'grop' is unknown; use one of: grpo, dr_grpo, rloo, reinforce_pp"):
+        advantages([np.array([0.0, 1.0])], "grop")
     with pytest.raises(ValueError, match="hold an infinity"):
-        group_advantages(np.array([0.0, np.inf]))
+        advantages([np.array([0.0, np.inf])])

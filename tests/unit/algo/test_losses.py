@@ -1,30 +1,125 @@
+"""Every loss against a reference that loops over tokens as its paper writes it, values and gradients, in float64."""
+
 import math
 
 import pytest
 import torch
 
-from dpsrl.algo import losses
-from dpsrl.algo.losses import k1, k3, mismatch_metrics, policy_loss, rollout_correction, token_logprobs
+from dpsrl.algo.losses import (
+    CORRECTIONS,
+    KINDS,
+    Rows,
+    kl,
+    log_ratio,
+    mismatch_metrics,
+    policy_loss,
+    rollout_correction,
+)
 
 F64 = torch.float64
+LENGTHS = [3, 1, 7, 5]
+CLIP = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0}
 
 
-def row(*values, dtype=F64):
-    return torch.tensor([values], dtype=dtype)
+def tensor(*values):
+    return torch.tensor(values, dtype=F64)
+
+
+def rows_of(lengths):
+    return Rows(torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)), len(lengths))
+
+
+ROWS = rows_of(LENGTHS)
+
+
+def batch(seed):
+    """(logprobs that need a gradient, old, rollout, advantages (S,), weights (L,))."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, dtype=F64, generator=generator)
+
+    old = -normal(sum(LENGTHS)).abs() - 0.1
+    new = (old + 0.4 * normal(sum(LENGTHS))).requires_grad_()
+    return new, old, old + 0.5 * normal(sum(LENGTHS)), 2 * normal(len(LENGTHS)), normal(sum(LENGTHS)).abs()
+
+
+def reference_loss(kind, new, old, advantages, weights, correction):
+    total, start = torch.zeros((), dtype=F64), 0
+    for length, advantage in zip(LENGTHS, advantages.tolist(), strict=True):
+        tokens = range(start, start + length)
+        start += length
+        of_response = torch.stack([new[t] - old[t] for t in tokens]).sum() / length
+        for t in tokens:
+            ratio = torch.exp(new[t] - old[t])
+            if kind == "gspo":
+                ratio = torch.exp(of_response)
+            low, high = 1 - CLIP["clip_low"], 1 + CLIP["clip_high"]
+            clipped = torch.clip(ratio, low, high)
+            if kind == "reinforce":
+                loss = -advantage * new[t]
+            elif kind == "cispo":
+                loss = -clipped.item() * advantage * new[t]
+            else:
+                loss = -torch.min(ratio * advantage, clipped * advantage)
+                if advantage < 0:
+                    loss = torch.min(loss, torch.tensor(-CLIP["dual_clip"] * advantage, dtype=F64))
+            total = total + weights[t] * correction[t].item() * loss
+    return total
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("kind", KINDS)
+def test_value_and_gradient_are_the_papers(kind, seed):
+    new, old, rollout, advantages, weights = batch(seed)
+    correction = rollout_correction(old, rollout, ROWS)
+    loss, _ = policy_loss(new, old, advantages[ROWS.row_L], weights, ROWS, kind, **CLIP, correction_L=correction)
+    expected = reference_loss(kind, new, old, advantages, weights, correction)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    (gradient,) = torch.autograd.grad(loss, new)
+    (expected_gradient,) = torch.autograd.grad(expected, new)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-12)
+    assert gradient.abs().max() > 1e-3
+
+
+def reference_correction(kind, old, rollout, low, high):
+    weights, start = [], 0
+    for length in LENGTHS:
+        tokens = range(start, start + length)
+        start += length
+        of_response = math.prod(math.exp(old[t] - rollout[t]) for t in tokens)
+        for t in tokens:
+            weight = of_response if kind.startswith("sequence") else math.exp(old[t] - rollout[t])
+            if kind.endswith("truncate"):
+                weight = min(weight, high)
+            elif not low <= weight <= high:
+                weight = 0.0
+            weights.append(1.0 if kind == "none" else weight)
+    return weights
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", CORRECTIONS)
+def test_corrections_are_the_papers(kind, seed):
+    _, old, rollout, _, _ = batch(seed)
+    got = rollout_correction(old.requires_grad_(), rollout, ROWS, kind, 0.7, 1.4)
+    assert not got.requires_grad
+    assert got.tolist() == pytest.approx(reference_correction(kind, old.tolist(), rollout.tolist(), 0.7, 1.4))
+
+
+def test_a_correction_stays_finite():
+    far = rollout_correction(tensor(-1.0), tensor(-1000.0), rows_of([1]), "token_truncate", high=1e12)
+    assert far.item() == pytest.approx(math.exp(20.0))
 
 
 def one_token_loss(ratio, advantage, **options):
     """(loss, d loss / d logprob, metrics) of a single token."""
-    logprob = row(-1.0).requires_grad_()
+    logprob = tensor(-1.0).requires_grad_()
     loss, metrics = policy_loss(
-        logprob, row(-1.0 - math.log(ratio)), row(advantage), row(True, dtype=torch.bool), row(1.0), **options
+        logprob, tensor(-1.0 - math.log(ratio)), tensor(advantage), tensor(1.0), rows_of([1]), **options
     )
     loss.backward()
-    return (
-        loss.item(),
-        logprob.grad.item(),
-        {name: value.item() for name, value in metrics.items() if value > 0},
-    )
+    return loss.item(), logprob.grad.item(), {name: value.item() for name, value in metrics.items() if value > 0}
 
 
 @pytest.mark.parametrize(
@@ -59,101 +154,52 @@ def test_clip_bounds_are_options():
     assert one_token_loss(20.0, -1.0, dual_clip=3.0)[0] == pytest.approx(3.0)
 
 
-def test_weights_and_correction_multiply_and_metrics_add_up():
-    mask = torch.tensor([[False, True, True, True]])
-    weights = row(0.0, 0.5, 0.25, 0.25)
-    old = row(0.0, 0.0, 0.0, 0.0)
-    new = row(9.0, 0.0, math.log(1.5), math.log(0.5)).requires_grad_()
-    loss, metrics = policy_loss(new, old, row(1.0), mask, weights, correction_BT=row(7.0, 1.0, 2.0, 0.5))
-    assert loss.item() == pytest.approx(-(0.5 * 1.0 + 0.25 * 1.28 * 2.0 + 0.25 * 0.5 * 0.5))
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_policy_every_loss_has_the_plain_policy_gradient_summed_over_a_response(kind):
+    new = tensor(-1.0, -2.0, -0.5).requires_grad_()
+    rows, weights = rows_of([3]), torch.full((3,), 1 / 3, dtype=F64)
+    loss, _ = policy_loss(new, new.detach(), tensor(2.0, 2.0, 2.0), weights, rows, kind)
+    assert torch.autograd.grad(loss, new)[0].tolist() == pytest.approx([-2 / 3] * 3)
+
+
+def test_metrics_are_weighted_sums_without_a_gradient():
+    new, old = tensor(0.0, math.log(1.5), math.log(0.5)).requires_grad_(), tensor(0.0, 0.0, 0.0)
+    _, metrics = policy_loss(new, old, tensor(1.0, 1.0, 1.0), tensor(0.5, 0.25, 0.25), rows_of([3]))
     assert metrics["clip_high_share"].item() == pytest.approx(0.25)
     assert metrics["clip_low_share"].item() == 0.0
     assert not any(value.requires_grad for value in metrics.values())
 
 
-def test_whatever_is_outside_the_mask_stays_outside():
-    mask = torch.tensor([[False, True, False]])
-    new = row(math.nan, -1.0, math.inf).requires_grad_()
-    old = row(math.inf, -1.0, math.nan)
-    correction = rollout_correction(old, row(-math.inf, -1.0, 0.0), mask)
-    loss, metrics = policy_loss(new, old, row(1.0), mask, row(0.0, 1.0, 0.0), correction_BT=correction)
-    loss.backward()
-    assert loss.item() == -1.0
-    assert new.grad.tolist() == [[0.0, -1.0, 0.0]]
-    assert all(math.isfinite(value) for value in metrics.values())
-
-
-def test_an_empty_mask_gives_zero_and_still_has_a_gradient():
-    new = row(-1.0, -2.0).requires_grad_()
-    loss, _ = policy_loss(new, new, row(0.0), torch.zeros(1, 2, dtype=torch.bool), row(0.0, 0.0))
-    loss.backward()
-    assert loss.item() == 0.0
-    assert new.grad.tolist() == [[0.0, 0.0]]
-
-
-def test_rollout_correction_by_hand():
-    old = row(-1.0, -1.0, -1.0, -1.0, -1.0).requires_grad_()
-    rollout = row(-1.0, -1.0 - math.log(1.5), -1.0 - math.log(3.0), -1.0 + math.log(4.0), -100.0)
-    mask = torch.ones(1, 5, dtype=torch.bool)
-    weights = rollout_correction(old, rollout, mask)
-    assert not weights.requires_grad
-    assert weights.tolist() == [pytest.approx([1.0, 1.5, 2.0, 0.25, 2.0])]
-    assert rollout_correction(old, rollout, mask, cap=1e12)[0, 4].item() == pytest.approx(math.exp(20.0))
-
-
 def test_mismatch_by_hand():
-    mask = torch.tensor([[False, True, True]])
-    old, rollout = row(5.0, -1.0, -1.0 + math.log(4.0)), row(-5.0, -1.0, -1.0)
-    metrics = mismatch_metrics(old, rollout, mask, row(0.0, 0.5, 0.5))
-    assert metrics["mismatch_kl"].item() == pytest.approx((4.0 - 1.0 - math.log(4.0)) / 2)
-    assert metrics["mismatch_abs"].item() == pytest.approx(math.log(4.0) / 2)
-    assert metrics["correction_capped_share"].item() == pytest.approx(0.5)
+    rows, weights = rows_of([2, 1]), tensor(0.25, 0.25, 0.5)
+    old, rollout = tensor(-1.0, -1.0 + math.log(4.0), -1.0), tensor(-1.0, -1.0, -1.0 + math.log(2.0))
+    correction = rollout_correction(old, rollout, rows)
+    metrics = mismatch_metrics(old, rollout, correction, weights, rows)
+    k3 = [0.0, 4.0 - 1.0 - math.log(4.0), 0.5 - 1.0 + math.log(2.0)]
+    assert metrics["mismatch_kl"].item() == pytest.approx(k3[1] / 4 + k3[2] / 2)
+    assert metrics["mismatch_abs"].item() == pytest.approx(math.log(4.0) / 4 + math.log(2.0) / 2)
+    # the trainer finds the first response exp(log 4 / 2) times as likely a token, the second half as likely
+    assert metrics["mismatch_ppl_ratio"].item() == pytest.approx(0.5 * (1 / 2) + 0.5 * 2.0)
+    assert metrics["correction_capped_share"].item() == pytest.approx(0.25)
+    masked = mismatch_metrics(old, rollout, rollout_correction(old, rollout, rows, "token_mask"), weights, rows)
+    assert masked["correction_masked_share"].item() == pytest.approx(0.25)
 
 
-def test_kl_estimators_have_the_exact_mean():
-    sampler, other = torch.tensor([0.5, 0.3, 0.2], dtype=F64), torch.tensor([0.2, 0.2, 0.6], dtype=F64)
-    log_ratio = (other / sampler).log()
+def test_kl_estimators():
+    sampler, other = tensor(0.5, 0.3, 0.2), tensor(0.2, 0.2, 0.6)
+    ratio = log_ratio(other.log(), sampler.log())
     exact = (sampler * (sampler / other).log()).sum().item()
-    assert (sampler * k1(log_ratio)).sum().item() == pytest.approx(exact)
-    assert (sampler * k3(log_ratio)).sum().item() == pytest.approx(exact)
-    assert (k3(log_ratio) >= 0).all()
+    assert (sampler * kl(ratio, "k1")).sum().item() == pytest.approx(exact)
+    assert (sampler * kl(ratio, "k3")).sum().item() == pytest.approx(exact)
+    assert (kl(ratio, "k3") >= 0).all() and torch.equal(kl(ratio, "k2"), ratio**2 / 2)
 
 
-@pytest.mark.parametrize("chunk_elements", [1, 13, 1 << 26])
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_token_logprobs_equal_log_softmax(monkeypatch, chunk_elements, temperature):
-    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk_elements)
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(2, 5, 7, dtype=F64, generator=generator).mul(3).requires_grad_()
-    ids = torch.randint(0, 7, (2, 5), generator=generator, dtype=torch.int32)
-    upstream, upstream_entropy = (torch.randn(2, 5, dtype=F64, generator=generator) for _ in range(2))
-
-    logprobs, entropy = token_logprobs(logits, ids, temperature, with_entropy=True)
-    (gradient,) = torch.autograd.grad((logprobs * upstream + entropy * upstream_entropy).sum(), logits)
-
-    expected_gradient_of = 0.0
-    for b in range(2):
-        assert logprobs[b, 0].item() == 0.0 and entropy[b, 0].item() == 0.0
-        for t in range(1, 5):
-            law = torch.distributions.Categorical(logits=logits[b, t - 1] / temperature)
-            expected = law.log_prob(ids[b, t])
-            torch.testing.assert_close(logprobs[b, t], expected)
-            torch.testing.assert_close(entropy[b, t], law.entropy())
-            expected_gradient_of = (
-                expected_gradient_of + upstream[b, t] * expected + upstream_entropy[b, t] * law.entropy()
-            )
-    (expected_gradient,) = torch.autograd.grad(expected_gradient_of, logits)
-    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-12)
-
-
-def test_token_logprobs_without_entropy_and_in_half_precision():
-    generator = torch.Generator().manual_seed(1)
-    logits = torch.randn(2, 4, 50, generator=generator).bfloat16().requires_grad_()
-    ids = torch.randint(0, 50, (2, 4), generator=generator)
-    logprobs, entropy = token_logprobs(logits, ids)
-    assert entropy is None
-    assert logprobs.dtype == torch.float32
-    exact, _ = token_logprobs(logits.detach().double(), ids)
-    torch.testing.assert_close(logprobs.double(), exact, rtol=1e-5, atol=1e-5)
-    logprobs.sum().backward()
-    assert logits.grad.dtype == torch.bfloat16
+def test_the_gradient_of_k2_in_the_loss_is_that_of_the_kl():
+    """And that of k1 has mean 0, which is why it belongs in the reward."""
+    logits, other = tensor(0.3, -0.2, 0.5).requires_grad_(), tensor(0.2, 0.2, 0.6)
+    law = logits.log_softmax(-1)
+    exact = torch.autograd.grad((law.exp() * (law - other.log())).sum(), logits, retain_graph=True)[0]
+    weights = law.exp().detach()
+    for kind, expected in (("k2", exact), ("k1", torch.zeros(3, dtype=F64))):
+        estimate = (weights * kl(other.log() - law, kind)).sum()
+        torch.testing.assert_close(torch.autograd.grad(estimate, logits, retain_graph=True)[0], expected)
