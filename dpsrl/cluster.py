@@ -147,6 +147,8 @@ class Cluster:
     def threads(self, num_workers: int) -> int:
         """CPU threads of each of `num_workers` that compute at the same time."""
         cores = os.cpu_count() or 1
+        if self.config.train.max_lag or self.config.train.streaming:  # engines and trainer compute at the same time
+            num_workers = self.plan.num_engines + self.plan.num_ranks
         wanted = self.config.cluster.cpus_per_worker
         return max(1, min(wanted, cores // num_workers)) if self.config.cluster.device == "cpu" else wanted
 

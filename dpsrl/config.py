@@ -130,6 +130,12 @@ class RolloutConfig:
     num_workers: int = key(1, "vLLM engines", ge=1)
     num_rollouts: int = key(8, "rollouts per prompt", ge=2)
     temperature: float = key(1.0, "sampling temperature, applied in the trainer too", gt=0)
+    spare_share: float = key(
+        0.0,
+        "share of a batch rolled out beyond it: a step ends with a batch, the rest goes on after the sync",
+        ge=0,
+        le=1,
+    )
     max_num_seqs: int = key(256, "sequences one engine decodes at once", ge=1)
     tensor_parallel: int = key(1, "GPUs one engine spans", ge=1)
     gpu_memory_share: float = key(0.8, "share of a GPU's memory that an engine takes", gt=0, le=1)
@@ -153,7 +159,7 @@ class AlgoConfig:
     dual_clip: float | None = key(10.0, "bound on the ratio where the advantage is negative; null: none", gt=1)
     correction: str = key(
         "token_truncate",
-        "importance weight trainer/engine of a token or a whole response, cut at its maximum or set to 0 outside bounds",
+        "importance weight trainer/engine of a token or a response: cut at its maximum, or set to 0 out of bounds",
         choices=("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
     )
     max_importance_weight: float = key(2.0, "upper bound of the importance weight", ge=1)
@@ -188,7 +194,8 @@ class TrainConfig:
     steps: int = key(100, "select-to-sync cycles", ge=1)
     batch: int = key(256, "prompts per step", ge=1)
     num_updates: int = key(1, "optimizer updates per step, each on an equal share of the batch", ge=1)
-    max_lag: int = key(0, "steps that generation may run ahead of training", choices=(0,))
+    max_lag: int = key(0, "steps that generation may run ahead of training", ge=0)
+    streaming: bool = key(False, "the trainer begins on groups as they are admitted; needs max_lag=0, num_updates=1")
 
 
 @dataclass
@@ -215,6 +222,7 @@ class WeightSyncConfig:
         choices=("auto", "shared_memory", "nccl", "ipc"),
     )
     bucket_mib: int = key(512, "MiB sent at a time", ge=1)
+    checksum: bool = key(False, "after each sync, hashes of every tensor on both ends are compared")
     canary_tolerance: float = key(0.05, "mean |logprob| difference of both ends on one fixed sequence, nats", gt=0)
 
 
@@ -448,6 +456,7 @@ def _check_together(config: Config) -> None:
         raise UserError(
             f"trainer.offload={offload} needs trainer.zero_stage={needed}, and it is {stage}: set one of them"
         )
+    _check_overlap(config)
     if config.reward.overlong_tokens > config.model.max_response_tokens:
         raise UserError(
             f"reward.overlong_tokens={config.reward.overlong_tokens} is more than model.max_response_tokens="
@@ -456,6 +465,30 @@ def _check_together(config: Config) -> None:
     OutcomeRule(config.selection.unsolved_at, config.selection.solved_at, config.selection.min_spread)
     if config.resume != "no":
         raise UserError(f"resume={config.resume} is not built yet: start a new run with resume=no")
+
+
+def _check_overlap(config: Config) -> None:
+    train, algo = config.train, config.algo
+    if config.cluster.placement == "colocate":
+        for name, value in (("train.max_lag", train.max_lag), ("train.streaming", train.streaming),
+                            ("rollout.spare_share", config.rollout.spare_share)):  # fmt: skip
+            if value:
+                raise UserError(f"{name}={value} needs cluster.placement=split: with colocate the sides take turns")
+    if train.streaming and (train.max_lag or train.num_updates > 1):
+        raise UserError(
+            f"train.streaming=true needs train.max_lag=0 and train.num_updates=1, and they are {train.max_lag} and "
+            f"{train.num_updates}: leave it out"
+        )
+    if train.streaming and (algo.advantage == "reinforce_pp" or (algo.kl_coef and algo.kl_in == "reward")):
+        raise UserError(
+            "train.streaming=true needs advantages that a group has by itself: choose another algo.advantage than "
+            "reinforce_pp, and algo.kl_in=loss"
+        )
+    if config.weight_sync.checksum and config.rollout.tensor_parallel > 1:
+        raise UserError(
+            f"weight_sync.checksum=true needs rollout.tensor_parallel=1, and it is {config.rollout.tensor_parallel}: "
+            "the tensors of wider engines are in pieces; leave it out"
+        )
 
 
 def _has_countdown(config: Config) -> bool:
@@ -485,7 +518,6 @@ _EFFECTS: list[tuple[str, Callable[[Config], bool], str]] = [
     ("rollout.tensor_parallel", lambda c: c.cluster.device == "gpu", "cluster.device is cpu"),
     ("rollout.gpu_memory_share", lambda c: c.cluster.device == "gpu", "cluster.device is cpu"),
     ("rollout.enforce_eager", lambda c: c.cluster.device == "gpu", "cluster.device is cpu"),
-    ("cluster.placement", lambda c: c.cluster.device == "gpu", "cluster.device is cpu"),
     ("log.wandb_project", lambda c: c.log.wandb, "log.wandb is false"),
 ]  # fmt: skip
 

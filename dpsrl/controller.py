@@ -4,7 +4,7 @@ Owns the selector, the admission rule, the prompts in flight, the prompts carrie
 under way. A plain class: knows nothing of processes, tokens, rewards or the trainer.
 
 One step: `select`, then `admit` and `refill` as groups come back, `observe` once at the end, and `trained` names the
-groups of the update. What is in flight at `observe` and never came back is lost, unless generation runs ahead.
+groups of the update. What is in flight at `observe` and never came back is lost, unless it goes on in the next step.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Controller:
     selector_config: {"method": "dps", **options} as `build_selector` takes them.
     admission: a name in ADMISSIONS. With `mixed`, prompts are refilled until `batch` groups are admitted, but at most
     `max_rounds * batch` prompts are rolled out in a step; mixed groups beyond `batch` are carried over to the next.
+    num_spare: groups decoded beyond a batch, so that a step need not wait for its last ones.
     num_audit: prompts per step drawn at random from all, so that predictions can be judged on prompts that were
     not chosen for them; they are trained on like the others.
     """
@@ -67,6 +68,7 @@ class Controller:
         admission: str = "all",
         max_rounds: int = 4,
         num_audit: int = 0,
+        num_spare: int = 0,
     ) -> None:
         if len(set(prompt_ids)) != len(prompt_ids):
             raise ValueError(f"prompt ids must be distinct; {len(prompt_ids) - len(set(prompt_ids))} are repeated.")
@@ -75,7 +77,7 @@ class Controller:
                 f"train.batch is {batch}, but the data set has {len(prompt_ids)} prompts; "
                 f"set train.batch from 1 to {len(prompt_ids)}, or bring more prompts."
             )
-        self.batch = batch
+        self.batch, self.num_spare = batch, num_spare
         self.selector: Selector = build_selector(
             **selector_config, num_prompts=len(prompt_ids), num_rollouts=num_rollouts, seed=seed
         )
@@ -107,14 +109,19 @@ class Controller:
         return [(index, flight.partial) for index, flight in self._in_flight.items()]
 
     def select(self, num_prompts: int | None = None) -> list[tuple[int, float]]:
-        """(index, P(partial)) of prompts to roll out, in flight from here on; `batch` of them with admission `all`.
+        """(index, P(partial)) of prompts to roll out, in flight from here on; with admission `all` as many as make a
+        batch and the spare ones, with those in flight and carried over.
 
         Never a prompt in flight, carried over, or come back in this step. UserError when too few are left, except that
         a refilling admission takes what there is.
         """
         if num_prompts is None and self._refills:
             return self.refill()
-        num_prompts = self.batch if num_prompts is None else num_prompts
+        if num_prompts is None:
+            num_prompts = self.batch + self.num_spare - len(self._in_flight) - len(self._carried)
+            num_prompts = max(0, min(num_prompts, self.selector.num_prompts - len(self._busy())))
+        if num_prompts == 0:
+            return []
         audited = self._audit.draw(self.selector.num_prompts, self._busy(), num_prompts) if not self._came_back else []
         self.selector.mark_selected(audited)
         chosen = audited
@@ -133,7 +140,8 @@ class Controller:
             return []
         num_admitted, num_back = self._yield + (len(self._admitted), len(self._came_back))
         expected_yield = max(num_admitted / num_back, 1 / self.max_prompts)
-        missing = self.batch - len(self._carried) - len(self._admitted) - expected_yield * len(self._in_flight)
+        wanted = self.batch + self.num_spare
+        missing = wanted - len(self._carried) - len(self._admitted) - expected_yield * len(self._in_flight)
         room = min(self.max_prompts - self._num_selected, self.selector.num_prompts - len(self._busy()))
         num_prompts = min(math.ceil(missing / expected_yield - 1e-9), room)
         return self.select(num_prompts) if num_prompts > 0 else []
@@ -161,11 +169,12 @@ class Controller:
                 self._admitted.append(outcome.index)
         return admitted
 
-    def observe(self, ahead: bool = False) -> dict[str, float]:
+    def observe(self, ahead: bool = False, begun: Sequence[int] = ()) -> dict[str, float]:
         """Ends the step: the selector learns from all its outcomes at once. Returns the step's metrics.
 
         A prompt still in flight is lost and released without evidence; with `ahead`, it belongs to a later step and
-        stays in flight. Shares and the Brier score are over the groups with at least one reward, and left out when
+        stays in flight. begun: admitted prompts whose groups the trainer has begun on, which are in this step's batch
+        before others. Shares and the Brier score are over the groups with at least one reward, and left out when
         there is none.
         """
         # By index, so that the order in which groups came back cannot change the last bit of anything.
@@ -181,7 +190,7 @@ class Controller:
         ids_B, num_solved_B, num_scored_B = counts_B3[scored_B].T
         state_B = observed_state(num_solved_B, num_scored_B)
         self._last_state_N[ids_B] = state_B
-        metrics = self._close_batch(counts_B3)
+        metrics = self._close_batch(counts_B3, begun)
         metrics["selection/num_lost"] = float(num_lost)
         if not ahead:
             self._in_flight.clear()
@@ -204,10 +213,11 @@ class Controller:
         """The prompts whose groups are trained on in the step that `observe` ended: carried over first, then new."""
         return self._trained
 
-    def _close_batch(self, counts_B3: np.ndarray) -> dict[str, float]:
+    def _close_batch(self, counts_B3: np.ndarray, begun: Sequence[int]) -> dict[str, float]:
         """Splits what is admitted into this step's batch and what is carried over; counts where every group went."""
-        ready = self._carried + sorted(self._admitted)
-        self._trained, self._carried = (ready[: self.batch], ready[self.batch :]) if self._refills else (ready, [])
+        first = set(begun)
+        ready = [*begun, *(i for i in self._carried + sorted(self._admitted) if i not in first)]
+        self._trained, self._carried = ready[: self.batch], ready[self.batch :]
         num_scored, num_admitted = int((counts_B3[:, 2] > 0).sum()), len(self._admitted)
         self._yield = YIELD_MEMORY * (self._yield + (num_admitted, len(counts_B3)))
         self._admitted, self._num_selected = [], 0

@@ -91,13 +91,15 @@ def evaluate(name: str, groups: GroupStream, config: Config, step: int, folder: 
     with ExitStack() as stack:
         responses = stack.enter_context((folder / "responses.jsonl").open("a")) if folder else None
         pass_rates = stack.enter_context((folder / "pass_rates.jsonl").open("a")) if folder else None
-        for group, texts in groups.stream(
+        groups.add(
             range(len(groups.prompts)),
             num_rollouts=config.eval.num_rollouts,
             temperature=config.eval.temperature,
             purpose=EVALUATION,
             step=0,  # every evaluation of a run draws with the same seeds: differences are the policy's
-        ):
+        )
+        while groups.pending:
+            group, texts = groups.next()
             finished.append(group)
             if responses:
                 _write_responses(responses, name, step, groups.prompts[group.index], group, texts)

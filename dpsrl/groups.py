@@ -7,7 +7,8 @@ neither selection nor training: `train.py` and `evaluate.py` both draw from here
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -25,7 +26,7 @@ def request_seed(seed: int, purpose: int, step: int, index: int) -> int:
 
 
 class GroupStream:
-    """Owns the seconds spent scoring, since scoring runs between the engines' answers."""
+    """Owns the prompts under way, and the seconds spent scoring: scoring runs between the engines' answers."""
 
     def __init__(self, prompts: PromptSet, rollouts: RolloutPool, scorer: Scorer, tokenizer, seed: int) -> None:
         self.prompts, self.rollouts, self.scorer, self.tokenizer, self.seed = (
@@ -36,30 +37,38 @@ class GroupStream:
             seed,
         )
         self.score_s = 0.0
-
-    def stream(
-        self, indices: Iterable[int], *, num_rollouts: int, temperature: float, purpose: int, step: int
-    ) -> Iterator[tuple[Group, list[str]]]:
-        """(group, its responses' texts), in the order in which the groups end; `add` feeds more prompts meanwhile."""
         self._asked: dict[int, Prompt] = {}
-        self._kind = (num_rollouts, temperature, purpose, step)
-        for request, rollouts, policy_version in self.rollouts.stream(self._requests(indices)):
-            prompt = self._asked[request.request_id]
+        self._done: deque[tuple[Group, list[str]]] = deque()
+
+    @property
+    def pending(self) -> int:
+        """Groups that `next` can still wait for."""
+        return len(self._asked) + len(self._done)
+
+    def add(self, indices: Iterable[int], *, num_rollouts: int, temperature: float, purpose: int, step: int) -> None:
+        prompts = {index: self.prompts[index] for index in indices}
+        self._asked |= prompts
+        self.rollouts.add(
+            RolloutRequest(index, p.token_ids, num_rollouts, temperature, request_seed(self.seed, purpose, step, index))
+            for index, p in prompts.items()
+        )
+
+    def next(self) -> tuple[Group, list[str]]:
+        """The next group to end, scored, and its responses' texts."""
+        while not self._done:
+            self._wait()
+        return self._done.popleft()
+
+    def drain(self) -> None:
+        """Waits until every prompt under way has its group, for `next` to give: the engines are free then."""
+        while self._asked:
+            self._wait()
+
+    def _wait(self) -> None:
+        for request, rollouts in self.rollouts.finished():
+            prompt = self._asked.pop(request.request_id)
             texts = self.tokenizer.batch_decode([r.token_ids for r in rollouts], skip_special_tokens=True)
             started = time.monotonic()
             scores = self.scorer.score([(text, prompt.answer) for text in texts])
             self.score_s += time.monotonic() - started
-            yield Group(prompt.index, prompt.id, prompt.token_ids, rollouts, policy_version, scores), texts
-
-    def add(self, indices: Iterable[int]) -> None:
-        """More prompts of the same kind for the stream under way."""
-        self.rollouts.add(self._requests(indices))
-
-    def _requests(self, indices: Iterable[int]) -> list[RolloutRequest]:
-        num_rollouts, temperature, purpose, step = self._kind
-        prompts = {index: self.prompts[index] for index in indices}
-        self._asked |= prompts
-        return [
-            RolloutRequest(index, p.token_ids, num_rollouts, temperature, request_seed(self.seed, purpose, step, index))
-            for index, p in prompts.items()
-        ]
+            self._done.append((Group(prompt.index, prompt.id, prompt.token_ids, rollouts, scores), texts))

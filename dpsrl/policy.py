@@ -7,7 +7,6 @@ checkpointing and torch.compile work on it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,7 +204,7 @@ def has_flash_attention(device: torch.device, dtype: torch.dtype) -> bool:
 def head_logprobs(
     hidden_LD: Tensor, weight_VD: Tensor, target_L: Tensor, temperature: float, with_entropy: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """(logprobs_L, entropy_L): log softmax(hidden @ weight.T / temperature) at the target, and that law's entropy in nats.
+    """(logprobs_L, entropy_L): log softmax(hidden @ weight.T / temperature) at the target, and the entropy, in nats.
 
     Logits exist a chunk of tokens at a time, forwards and backwards, so that memory does not grow with tokens x
     vocabulary. Sums are float32, or float64 for float64 weights. entropy is 0 unless asked for.

@@ -7,7 +7,8 @@ that import Ray.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,8 @@ class ControllerHandle:
     def admit(self, outcomes: list) -> list[bool]:
         return self._call(self.actor.admit, outcomes)
 
-    def observe(self) -> dict[str, float]:
-        return self._call(self.actor.observe)
+    def observe(self, ahead: bool = False, begun: tuple[int, ...] = ()) -> dict[str, float]:
+        return self._call(self.actor.observe, ahead, begun)
 
     def trained(self) -> list[int]:
         return self._call(self.actor.trained)
@@ -74,11 +75,13 @@ class ControllerHandle:
 
 
 class RolloutPool:
-    """Every engine. A stream of finished requests, in the order they finish."""
+    """Every engine: requests are added at any time and come back in the order they finish."""
 
     def __init__(self, cluster: Cluster, config: Config, backend: str) -> None:
         self.cluster, self.config, self.backend = cluster, config, backend
         self.outstanding: dict[int, RolloutRequest] = {}
+        self.load: dict[Any, int] = {}  # rollouts that each engine has still to make
+        self.polls: dict[Any, Any] = {}  # of each engine that has any, one
         self.engines = [self._start(index) for index in range(config.rollout.num_workers)]
 
     def _start(self, index: int) -> Any:
@@ -101,20 +104,9 @@ class RolloutPool:
         """Also the wait for the engines to be up."""
         return self._all("start and name its policy version", "policy_version")
 
-    def stream(self, requests: Iterable[RolloutRequest]) -> Iterator[tuple[RolloutRequest, list[Rollout], int]]:
-        """(request, rollouts, policy_version) as each request's last rollout ends; `add` feeds more meanwhile."""
-        assert not self.outstanding, "one stream at a time"
-        self.load = {engine: 0 for engine in self.engines}
-        self.polls: dict[Any, Any] = {}
-        self.add(requests)
-        try:
-            while self.outstanding:
-                yield from self._next_finished()
-        finally:
-            self.outstanding.clear()
-
     def add(self, requests: Iterable[RolloutRequest]) -> None:
         """Hands each request to the engine with the least work."""
+        self.load = {engine: self.load.get(engine, 0) for engine in self.engines}
         shares: dict[Any, list[RolloutRequest]] = {engine: [] for engine in self.engines}
         for request in requests:
             engine = min(self.engines, key=lambda candidate: self.load[candidate])
@@ -130,22 +122,35 @@ class RolloutPool:
         if engine not in self.polls.values() and self.load[engine] > 0:
             self.polls[engine.poll.remote(POLL_BUDGET_S)] = engine
 
-    def _next_finished(self) -> Iterator[tuple[RolloutRequest, list[Rollout], int]]:
+    def finished(self) -> list[tuple[RolloutRequest, list[Rollout]]]:
+        """Waits for one engine's answer: its finished requests with their rollouts, none where it has none yet."""
         ready, _ = ray.wait(list(self.polls), num_returns=1, timeout=self.config.run.stall_s)
         if not ready:
             silent = ", ".join(self.cluster.actors[engine] for engine in self.polls.values())
             raise StallError(f"no engine answered a poll within {self.config.run.stall_s:.0f} s: {silent}")
         engine = self.polls.pop(ready[0])
         (finished,) = self.cluster.get({engine: ready[0]}, "generate")
-        self.load[engine] -= sum(len(rollouts) for _, rollouts, _ in finished)
+        self.load[engine] -= sum(len(rollouts) for _, rollouts in finished)
         self._poll(engine)  # the engine works on while the caller scores
-        for request_id, rollouts, version in finished:
-            yield self.outstanding.pop(request_id), rollouts, version
+        return [(self.outstanding.pop(request_id), rollouts) for request_id, rollouts in finished]
 
     def logprobs(self, token_ids: np.ndarray, indices: Iterable[int]) -> dict[int, np.ndarray]:
         """The canary's logprobs on the engines at `indices`."""
         calls = {self.engines[index]: self.engines[index].logprobs.remote(token_ids) for index in indices}
         return dict(zip(indices, self.cluster.get(calls, "score the canary"), strict=True))
+
+    def checksums(self, indices: Iterable[int]) -> dict[int, dict[str, str]]:
+        """Of every tensor that the engines at `indices` compute with, under the trainer's names."""
+        calls = {self.engines[index]: self.engines[index].checksums.remote() for index in indices}
+        return dict(zip(indices, self.cluster.get(calls, "hash its weights"), strict=True))
+
+    def sleep(self) -> None:
+        """Frees the memory of weights and key-value cache."""
+        self._all("go to sleep", "sleep")
+
+    def wake(self, part: str) -> None:
+        """Takes back the memory of `weights`, then that of the `kv_cache`: both at once would be a peak."""
+        self._all("wake up", "wake", part)
 
     def replace(self, index: int) -> None:
         """A new engine, with the weights of the model folder: it needs a sync before it may serve."""
@@ -231,6 +236,7 @@ class TrainerPool:
 
     def connect(self, rollouts: RolloutPool) -> None:
         (expected, *_) = self._all("list its weights", "weight_metas")
+        self.num_weight_bytes = sum(meta.num_bytes for meta in expected)
         width = self.config.rollout.tensor_parallel
         client = SyncClient(rollouts.engines, expected, self.config.run.stall_s, width)
         self._all("connect to the engines", "connect", client, self.backend, len(rollouts.engines) * width)
@@ -239,13 +245,29 @@ class TrainerPool:
         """Sends to every engine; the failures by engine index."""
         return self._all("send its weights", "send_weights", policy_version)[0]
 
-    def train_step(self, updates: list[Update]) -> dict[str, float]:
-        """Metrics of the step's updates."""
-        calls = {
+    def begin(self, updates: list[Update]) -> dict[Any, Any]:
+        """Starts a step's updates; `finish` waits for them."""
+        return {
             rank: rank.train_step.remote([(u.ranks[index], u.total_weight, u.trained_weight) for u in updates])
             for index, rank in enumerate(self.ranks)
         }
+
+    def running(self, calls: dict[Any, Any]) -> bool:
+        return bool(ray.wait(list(calls.values()), num_returns=len(calls), timeout=0)[1])
+
+    def finish(self, calls: dict[Any, Any]) -> dict[str, float]:
+        """Metrics of the step's updates."""
         return self.cluster.get(calls, "train")[0]
+
+    def accumulate(self, update: Update) -> dict[Any, Any]:
+        """Starts on a part of an update that `begin_update` will end."""
+        return {rank: rank.accumulate.remote(update.ranks[index]) for index, rank in enumerate(self.ranks)}
+
+    def begin_update(self, total_weight: float, trained_weight: float) -> dict[Any, Any]:
+        """Starts the optimizer's step on what was accumulated; `finish` waits for it."""
+        for rank in self.ranks:
+            rank.update.remote(total_weight, trained_weight)
+        return {rank: rank.finish_step.remote(1) for rank in self.ranks}
 
     def reference_log_ratios(self, update: Update) -> np.ndarray:
         """float64, for each rollout that is laid out, sum over its tokens of log p_engine - log p_reference."""
@@ -256,28 +278,41 @@ class TrainerPool:
     def logprobs(self, token_ids: np.ndarray) -> np.ndarray:
         return self._all("score the canary", "logprobs", token_ids)[0]
 
+    def checksums(self) -> dict[str, str]:
+        """Of every tensor, as it is sent."""
+        return self._all("hash its weights", "checksums")[0]
+
+    def sleep(self) -> None:
+        """Moves the optimizer's state to the host, for the engines' turn."""
+        self._all("go to sleep", "sleep")
+
+    def wake(self) -> None:
+        self._all("wake up", "wake")
+
     def save_model(self, folder: Path) -> None:
         self._all("save the model", "save_model", str(folder))
 
 
 class Weights:
-    """Owns the policy version, and the proof after each sync that both ends hold the same weights.
+    """Owns the policy version, the proof after each sync that both ends hold the same weights, and whose turn it is.
 
-    The proof is a canary: one fixed token sequence, whose logprobs both ends compute. An engine that failed
-    its update, reports another version or disagrees on the canary is replaced, never served from.
+    The proof is a canary: one fixed token sequence, whose logprobs both ends compute; with weight_sync.checksum, a hash
+    of every tensor too. An engine that failed its update, reports another version or disagrees is replaced, never
+    served from. Where engines and trainer share GPUs, the one side's memory is free while it is the other's turn.
     """
 
     def __init__(
         self,
         trainers: TrainerPool,
         rollouts: RolloutPool,
+        config: Config,
         canary: np.ndarray,
-        tolerance: float,
         say: Callable[[str], None] = print,
     ) -> None:
-        self.trainers, self.rollouts, self.canary, self.tolerance, self.say = trainers, rollouts, canary, tolerance, say
+        self.trainers, self.rollouts, self.config, self.canary, self.say = trainers, rollouts, config, canary, say
         self.policy_version = 0
         self.num_replaced = 0
+        self.take_turns = config.cluster.placement == "colocate"
         trainers.connect(rollouts)
 
     def check(self, failures: dict[int, str]) -> tuple[float, dict[int, str]]:
@@ -292,25 +327,51 @@ class Weights:
         worst = 0.0
         for index, logprobs in self.rollouts.logprobs(self.canary, sound).items():
             difference = float(np.abs(logprobs - reference).mean())
-            if difference <= self.tolerance:
+            if difference <= self.config.weight_sync.canary_tolerance:
                 worst = max(worst, difference)
             else:
                 faults[index] = f"differs from the trainer by {difference:.4f} nats on the canary"
+        if self.config.weight_sync.checksum:
+            faults |= self._compare_checksums([index for index in sound if index not in faults])
         return worst, faults
+
+    def _compare_checksums(self, indices: list[int]) -> dict[int, str]:
+        faults, sent = {}, self.trainers.checksums()
+        for index, held in self.rollouts.checksums(indices).items():
+            if other := [name for name, checksum in sent.items() if held.get(name) != checksum]:
+                faults[index] = f"holds other weights than the trainer in {len(other)} tensors, the first is {other[0]}"
+        return faults
 
     def verify_start(self) -> None:
         """Raises unless every engine has loaded the same weights as the trainer."""
         _, faults = self.check({})
         if faults:
             raise RuntimeError(f"engines and trainer differ before the first step: {faults}")
+        if self.take_turns:
+            self.trainers.sleep()
 
-    def send(self, policy_version: int) -> float:
-        """Canary difference in nats after the trainer's weights have become `policy_version` on every engine."""
+    def begin_training(self) -> None:
+        """The trainer's turn, until `send`."""
+        if self.take_turns:
+            self.rollouts.sleep()
+            self.trainers.wake()
+
+    def send(self, policy_version: int) -> dict[str, float]:
+        """Metrics of the sync, after the trainer's weights have become `policy_version` on every engine."""
         self.policy_version = policy_version
         for _ in range(MAX_SYNC_ATTEMPTS):
-            worst, faults = self.check(self.trainers.send_weights(policy_version))
+            if self.take_turns:
+                self.rollouts.wake("weights")
+            started = time.monotonic()
+            failures = self.trainers.send_weights(policy_version)
+            elapsed_s = time.monotonic() - started
+            if self.take_turns:  # the canary needs the key-value cache
+                self.trainers.sleep()
+                self.rollouts.wake("kv_cache")
+            worst, faults = self.check(failures)
             if not faults:
-                return worst
+                rate = self.trainers.num_weight_bytes * len(self.rollouts.engines) / elapsed_s / 1e9
+                return {"sync/canary_diff": worst, "sync/gb_per_s": rate}
             for index, fault in faults.items():
                 self.say(f"engine-{index} {fault}: replacing it")
                 self.rollouts.replace(index)

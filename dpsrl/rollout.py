@@ -7,11 +7,14 @@ there is no thread to hang and no queue to lose. A poll returns as soon as a req
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import numpy as np
 
 from dpsrl.config import Config
 from dpsrl.types import Rollout, RolloutRequest, WeightMeta
+
+CANARY = "canary"  # a request id; the others are numbers
 
 
 class RolloutWorker:
@@ -40,6 +43,9 @@ class RolloutWorker:
         )
         self.engine = self.llm.llm_engine
         self.receiver = WeightReceiver(self.llm)
+        self.on_gpu = config.cluster.device == "gpu"
+        self._finished: list[Any] = []  # outputs not yet handed out
+        self._awake = {"weights", "kv_cache"}
 
     def policy_version(self) -> int:
         return self.receiver.policy_version
@@ -54,18 +60,17 @@ class RolloutWorker:
                 self._sampling(request),
             )
 
-    def poll(self, budget_s: float) -> list[tuple[int, list[Rollout], int]]:
-        """Finished requests as (request_id, rollouts, policy_version); empty after `budget_s` without one."""
+    def poll(self, budget_s: float) -> list[tuple[int, list[Rollout]]]:
+        """Finished requests as (request_id, rollouts); empty after `budget_s` without one."""
         deadline = time.monotonic() + budget_s
-        finished: list[tuple[int, list[Rollout], int]] = []
-        while self.engine.has_unfinished_requests():
-            for output in self.engine.step():
-                if output.finished:
-                    rollouts = [_rollout(sample) for sample in output.outputs]
-                    finished.append((int(output.request_id), rollouts, self.receiver.policy_version))
-            if finished or time.monotonic() > deadline:
-                break
-        return finished
+        while self.engine.has_unfinished_requests() and not self._finished and time.monotonic() < deadline:
+            self._step()
+        finished, self._finished = self._finished, []
+        return [(int(output.request_id), [_rollout(sample) for sample in output.outputs]) for output in finished]
+
+    def _step(self) -> None:
+        assert len(self._awake) == 2, f"the engine is asleep but for {self._awake}"
+        self._finished += [output for output in self.engine.step() if output.finished]
 
     def _sampling(self, request: RolloutRequest):
         from vllm import SamplingParams
@@ -92,12 +97,32 @@ class RolloutWorker:
         from vllm import SamplingParams
 
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        (output,) = self.llm.generate({"prompt_token_ids": token_ids.tolist()}, params, use_tqdm=False)
-        rows = output.prompt_logprobs[1:]
+        self.engine.add_request(CANARY, {"prompt_token_ids": token_ids.tolist()}, params)
+        while not (mine := [output for output in self._finished if output.request_id == CANARY]):
+            self._step()  # requests that wait for the next step's polls move on a little, too
+        self._finished.remove(mine[0])
+        rows = mine[0].prompt_logprobs[1:]
         return np.array(
             [row[int(token)].logprob for row, token in zip(rows, token_ids[1:], strict=True)],
             dtype=np.float32,
         )
+
+    def checksums(self) -> dict[str, str]:
+        return self.receiver.checksums()
+
+    # --- sharing a GPU --------------------------------------------------------------------------------
+
+    def sleep(self) -> None:
+        """Level 1: weights wait in the host's memory. A CPU has nothing to free."""
+        assert not self.engine.has_unfinished_requests(), "an engine sleeps only between generations"
+        self._awake = set()
+        if self.on_gpu:
+            self.llm.sleep(level=1)
+
+    def wake(self, part: str) -> None:
+        self._awake.add(part)
+        if self.on_gpu:
+            self.llm.wake_up(tags=[part])
 
     # --- weight updates: the four calls of vLLM's weight-transfer client ------------------------------
 
@@ -105,7 +130,7 @@ class RolloutWorker:
         self.receiver.init(init_info, expected)
 
     def start_weight_update(self) -> None:
-        assert not self.engine.has_unfinished_requests(), "weights change only between generations"
+        assert "weights" in self._awake, "the engine's weights are asleep"
         self.receiver.start()
 
     def update_weights(self, update_info: dict) -> None:
@@ -124,7 +149,8 @@ def _rollout(sample) -> Rollout:
         count=len(token_ids),
     )
     assert sample.finish_reason in ("stop", "length"), f"unexpected finish_reason {sample.finish_reason!r}"
-    return Rollout(token_ids, logprobs, sample.finish_reason)
+    versions = [(int(span.version), span.end - span.start) for span in sample.weight_versions]
+    return Rollout(token_ids, logprobs, sample.finish_reason, versions)
 
 
 def _device_options(config: Config) -> dict:
@@ -138,6 +164,7 @@ def _device_options(config: Config) -> dict:
         }
     options = {
         "enforce_eager": config.rollout.enforce_eager,
+        "enable_sleep_mode": config.cluster.placement == "colocate",
         "gpu_memory_utilization": config.rollout.gpu_memory_share,
         "tensor_parallel_size": config.rollout.tensor_parallel,
         "distributed_executor_backend": "uni" if config.rollout.tensor_parallel == 1 else "mp",

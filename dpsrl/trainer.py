@@ -248,6 +248,24 @@ class TrainerWorker:
         self.sender.send(policy_version)
         return self.sender.client.failures
 
+    def checksums(self) -> dict[str, str]:
+        """Of every tensor as it is sent; rank 0's count. Called on every rank (ZeRO-3)."""
+        from dpsrl.weight_sync import checksum
+
+        return {name: checksum(tensor) for name, tensor in self._source()}
+
+    def sleep(self) -> None:
+        """Moves what training alone needs to the host's memory; the weights stay, for the sync and the canary."""
+        if self.device.type == "cuda" and hasattr(self.engine.optimizer, "offload_states"):
+            from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as State
+
+            self.engine.offload_states(include=[State.optim_states, State.hp_params, State.contiguous_grad_buffer])
+            torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        if self.device.type == "cuda" and hasattr(self.engine.optimizer, "reload_states"):
+            self.engine.reload_states()
+
     def save_model(self, folder: str) -> None:
         """A Hugging Face folder with this policy; called on every rank, written by rank 0."""
         weights = {name: tensor.clone().cpu() for name, tensor in self._source()}

@@ -6,6 +6,7 @@ one right and the second one wrong.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,11 +41,12 @@ class Score:
 
 @dataclass(slots=True)
 class Rollout:
-    """One response as the engine sampled it: `Rollout([8, 2], [-0.1, -0.3], "stop")`."""
+    """One response as the engine sampled it: `Rollout([8, 2], [-0.1, -0.3], "stop", [(4, 2)])`."""
 
     token_ids: np.ndarray  # int32 (response_len,), the closing EOS included
     logprobs: np.ndarray  # float32 (response_len,), of the sampled tokens, at sampling temperature
     finish_reason: str  # "stop": ended by EOS; "length": cut at the token limit
+    versions: list[tuple[int, int]]  # (policy version, tokens it sampled), in order; one unless weights came meanwhile
 
 
 @dataclass(slots=True)
@@ -59,8 +61,12 @@ class Group:
     prompt_id: str
     prompt_token_ids: np.ndarray  # int32 (prompt_len,)
     rollouts: list[Rollout]
-    policy_version: int  # weights that sampled it
     scores: list[Score | None] = field(default_factory=list)
+
+    @property
+    def policy_version(self) -> int:
+        """The oldest weights that sampled any of it."""
+        return min(version for rollout in self.rollouts for version, _ in rollout.versions)
 
     @property
     def num_solved(self) -> int:
@@ -112,3 +118,7 @@ class WeightMeta:
     name: str
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * (4 if self.dtype == "float32" else 2)

@@ -15,6 +15,7 @@ Importing this file imports vLLM: only actors do.
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import shutil
 import socket
@@ -56,6 +57,7 @@ class WeightReceiver:
     def __init__(self, llm) -> None:
         self.llm = llm
         self.policy_version = 0
+        llm.llm_engine.set_weight_version("0")  # which the engine writes beside every token
         self.expected: dict[str, WeightMeta] = {}
         self.received: set[str] = set()
 
@@ -85,11 +87,60 @@ class WeightReceiver:
         if missing:  # vLLM would serve uninitialized memory in their place
             raise RuntimeError(f"weight sync: {len(missing)} tensors did not arrive, the first is {missing[0]}")
         self.llm.finish_weight_update(str(policy_version))
-        if not self.llm.reset_prefix_cache():
+        # Requests under way go on with the new weights: what they had read is read again with them.
+        if not self.llm.reset_prefix_cache(reset_running_requests=True):
             raise RuntimeError(
                 "weight sync: the engine did not reset its prefix cache, so old weights would still speak"
             )
         self.policy_version = policy_version
+
+    def checksums(self) -> dict[str, str]:
+        """Of every tensor that the engine computes with, read back from where it is used."""
+        return self.llm.apply_model(_checksums)[0]
+
+
+def _checksums(model: torch.nn.Module) -> dict[str, str]:
+    return {name: checksum(tensor) for name, tensor in held_weights(model)}
+
+
+def checksum(tensor: torch.Tensor) -> str:
+    """16 hex digits of the tensor's bytes; 0 and -0 are one, since reading back by a product loses the sign."""
+    whole = (tensor + 0).contiguous().view(torch.uint8).cpu().numpy()
+    return hashlib.blake2b(whole.data, digest_size=8).hexdigest()
+
+
+def held_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """What an engine of one GPU or CPU computes with, tensor by tensor under Hugging Face names.
+
+    vLLM fuses layers, and on the CPU keeps nothing but a packed copy of some weights: such a layer is read back by
+    running it on the identity, which is exact.
+    """
+    parts = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+    parts |= getattr(model, "packed_modules_mapping", {})
+    for path, module in model.named_modules():
+        parent, _, leaf = path.rpartition(".")
+        names = [f"{parent}.{name}" for name in parts[leaf]] if leaf in parts else [path]
+        for kind, parameter in module.named_parameters(recurse=False):
+            whole = parameter.detach()
+            if kind == "weight" and hasattr(module, "quant_method"):
+                whole = _linear_weight(module, whole)
+            sizes = _part_sizes(module, len(names), whole.shape[0])
+            for name, tensor in zip(names, whole.split(sizes), strict=True):
+                yield f"{name}.{kind}", tensor
+
+
+def _linear_weight(module: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    vocab = getattr(module, "org_vocab_size", None)  # an embedding is padded beyond it
+    if getattr(module, "cpu_linear", None) is not None:
+        eye = torch.eye(getattr(module, "input_size", 0) or module.embedding_dim, dtype=module.params_dtype)
+        weight = module.quant_method.apply(module, eye).T.contiguous()
+    return weight[:vocab] if vocab else weight
+
+
+def _part_sizes(module: torch.nn.Module, num_parts: int, total: int) -> list[int]:
+    if num_parts == 1:
+        return [total]
+    return list(getattr(module, "output_partition_sizes", None) or module.output_sizes)
 
 
 def checkpoint_shapes(model_path: str) -> dict[str, tuple[int, ...]]:

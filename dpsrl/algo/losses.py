@@ -52,9 +52,9 @@ def policy_loss(
 
     ppo:        -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)    (PPO 1707.06347 eq. 7; GRPO 2402.03300 eq. 3;
                                                                       with clip-higher DAPO 2503.14476 eq. 8)
-    gspo:       the same with r of the whole response, exp(mean of its tokens' log ratios)    (GSPO 2507.18071 eq. 5-7)
-    cispo:      -stop_gradient(clip(r, 1 - clip_low, 1 + clip_high)) A logprob                (MiniMax-M1 2506.13585 eq. 4)
-    reinforce:  -A logprob                                                                    (RLOO 2402.14740 eq. 3)
+    gspo:       the same with r of the whole response, exp(mean of its tokens' log ratios)  (GSPO 2507.18071 eq. 5-7)
+    cispo:      -stop_gradient(clip(r, 1 - clip_low, 1 + clip_high)) A logprob  (CISPO, MiniMax-M1 2506.13585 eq. 4)
+    reinforce:  -A logprob                                                      (RLOO 2402.14740 eq. 3)
 
     and for ppo and gspo, where A < 0, at most -dual_clip A (dual-clip PPO, 1912.09729). Every loss is multiplied by
     `correction_L` (`rollout_correction`), where given.

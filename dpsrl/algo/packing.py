@@ -114,14 +114,16 @@ def check_group(group: TrainGroup) -> None:
     if not group.prompt_token_ids.size or not group.responses or not all(r.size for r in group.responses):
         sizes = [response.size for response in group.responses]
         raise ValueError(
-            f"a group has {group.prompt_token_ids.size} prompt tokens and responses of {sizes} tokens: it needs one of each"
+            f"a group has {group.prompt_token_ids.size} prompt tokens and responses of {sizes} tokens: "
+            "it needs one of each"
         )
     for response, logprobs in zip(group.responses, group.rollout_logprobs, strict=True):
         if logprobs.size != response.size:
             raise ValueError(f"{logprobs.size} logprobs came with {response.size} response tokens.")
     if len(group.advantages) != len(group.responses) or not np.isfinite(group.advantages).all():
         raise ValueError(
-            f"advantages {group.advantages.tolist()} of {len(group.responses)} rollouts: leave out those without a reward"
+            f"advantages {group.advantages.tolist()} of {len(group.responses)} rollouts: "
+            "leave out those without a reward"
         )
 
 

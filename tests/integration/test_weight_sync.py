@@ -8,12 +8,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from dpsrl.algo.packing import lay_out
 from dpsrl.cluster import Cluster
 from dpsrl.config import load_config
 from dpsrl.data.build import load_tokenizer
+from dpsrl.policy import packed_batch
 from dpsrl.pools import RolloutPool, TrainerPool, Weights, transfer_backend
 from dpsrl.trainer import TrainerWorker
-from dpsrl.types import RolloutRequest
+from dpsrl.types import RolloutRequest, TrainGroup
 
 TOLERANCE = 0.01
 
@@ -26,6 +28,23 @@ class ScriptedTrainer(TrainerWorker):
         with torch.no_grad():
             for parameter in self.engine.module.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * scale * parameter.std())
+
+    def perturb_shards(self, seed: int, scale: float = 0.01) -> None:
+        """Changes what this rank holds of each parameter under ZeRO-3."""
+        torch.manual_seed(1000 * seed + self.rank)
+        for parameter in self.engine.module.parameters():
+            held = parameter.ds_tensor
+            held.data.add_(torch.randn_like(held) * scale)
+
+    def logprobs_of(self, responses, prompt) -> list[np.ndarray]:
+        """At the temperature of the requests in the test."""
+        group = TrainGroup(
+            prompt, list(responses), [np.zeros(r.size, np.float32) for r in responses], np.zeros(len(responses))
+        )
+        ((micro,),) = lay_out([group], 1, 1, 10**9)[0].ranks
+        with torch.no_grad():
+            logprobs = self.engine(packed_batch(micro, self.device), 1.5)[0].numpy()
+        return np.split(logprobs, np.cumsum([r.size for r in responses])[:-1])
 
     def lose_a_tensor(self, times: int) -> None:
         """The next `times` transfers leave one tensor out, as a renamed layer would."""
@@ -47,7 +66,9 @@ class ScriptedTrainer(TrainerWorker):
 @contextmanager
 def both_ends(tmp_path, monkeypatch, *arguments):
     monkeypatch.setattr("dpsrl.pools.TrainerWorker", ScriptedTrainer)
-    config = load_config(["+recipe=quickstart", "rollout.num_workers=2", *arguments])
+    config = load_config(
+        ["+recipe=quickstart", "rollout.num_workers=2", f"weight_sync.canary_tolerance={TOLERANCE}", *arguments]
+    )
     backend = transfer_backend(config)
     tokenizer = load_tokenizer(config.model.path)
     canary = np.array(tokenizer("3 5 7=15:3+5+7 and then some more text, 1 2 3 4 5 6")["input_ids"], dtype=np.int32)
@@ -55,7 +76,7 @@ def both_ends(tmp_path, monkeypatch, *arguments):
         rollouts, trainers = RolloutPool(cluster, config, backend), TrainerPool(cluster, config, backend)
         trainers.start()
         rollouts.policy_versions()
-        yield trainers, rollouts, Weights(trainers, rollouts, canary, TOLERANCE)
+        yield trainers, rollouts, Weights(trainers, rollouts, config, canary)
 
 
 def first_rank(trainers, method, *args):
@@ -68,7 +89,7 @@ def test_new_weights_arrive_and_a_torn_update_replaces_the_engines(tmp_path, mon
         weights.verify_start()
         before = rollouts.logprobs(weights.canary, [0, 1])
         first_rank(trainers, "perturb", 0, 0.3)
-        assert weights.send(1) < 1e-4  # float32 on both ends
+        assert weights.send(1)["sync/canary_diff"] < 1e-4  # float32 on both ends
         after = rollouts.logprobs(weights.canary, [0, 1])
         assert np.abs(after[0] - before[0]).mean() > 0.1  # the canary does see a change of weights
         assert rollouts.policy_versions() == [1, 1]
@@ -82,12 +103,70 @@ def test_new_weights_arrive_and_a_torn_update_replaces_the_engines(tmp_path, mon
         # A tensor is missing: vLLM would serve uninitialized memory; here both engines are replaced.
         engines = list(rollouts.engines)
         first_rank(trainers, "lose_a_tensor", 1)
-        assert weights.send(2) < 1e-4
+        assert weights.send(2)["sync/canary_diff"] < 1e-4
         assert weights.num_replaced == 2 and not set(engines) & set(rollouts.engines)
         assert rollouts.policy_versions() == [2, 2]
         request = RolloutRequest(0, weights.canary[:10], 2, 1.0, 7)
-        ((_, samples, version),) = rollouts.stream([request])
-        assert version == 2 and len(samples) == 2
+        ((_, samples),) = all_of(rollouts, [request])
+        assert len(samples) == 2 and all(sample.versions == [(2, sample.token_ids.size)] for sample in samples)
+
+
+def all_of(rollouts, requests):
+    rollouts.add(requests)
+    done = []
+    while rollouts.outstanding:
+        done += rollouts.finished()
+    return done
+
+
+def test_two_ranks_and_two_engines_hold_equal_bits_after_twenty_syncs(tmp_path, monkeypatch):
+    """And a change of one weight, too small for the canary, is found."""
+    arguments = [
+        "trainer.num_workers=2", "trainer.zero_stage=3", "weight_sync.checksum=true", "weight_sync.bucket_mib=1"
+    ]  # fmt: skip
+    with both_ends(tmp_path, monkeypatch, *arguments) as (trainers, rollouts, weights):
+        weights.verify_start()
+        seen = {str(sorted(trainers.checksums().items()))}
+        for version in range(1, 21):
+            trainers._all("change", "perturb_shards", version)
+            metrics = weights.send(version)
+            assert weights.num_replaced == 0 and metrics["sync/gb_per_s"] > 0
+            seen.add(str(sorted(trainers.checksums().items())))
+        assert len(seen) == 21
+        trainers._all("change", "perturb_shards", 99, 1e-6)
+        worst, faults = weights.check({})
+        assert worst < TOLERANCE and set(faults) == {0, 1}
+        assert "holds other weights than the trainer" in faults[0]
+
+
+def test_requests_under_way_go_on_with_the_new_weights(tmp_path, monkeypatch):
+    """Each token knows the weights that sampled it, and its logprob is theirs."""
+    arguments = ["rollout.num_workers=1", "rollout.max_num_seqs=64"]  # too few for all requests at once
+    with both_ends(tmp_path, monkeypatch, *arguments) as (trainers, rollouts, weights):
+        weights.verify_start()
+        prompt = weights.canary[:12]
+        rollouts.add([RolloutRequest(i, prompt, 64, 1.5, i) for i in range(4)])
+        done = []
+        while not done:  # the first group is back, others are on their way
+            done += rollouts.finished()
+        before = first_rank(trainers, "logprobs_of", [s.token_ids for _, samples in done for s in samples], prompt)
+        first_rank(trainers, "perturb", 0, 0.05)
+        weights.send(1)
+        while rollouts.outstanding:
+            done += rollouts.finished()
+        samples = [sample for _, of_request in done for sample in of_request]
+        for sample in samples:
+            assert sum(count for _, count in sample.versions) == sample.token_ids.size == sample.logprobs.size
+        for sample, logprobs in zip(samples, before):
+            assert sample.versions[0][0] == 0
+            np.testing.assert_allclose(sample.logprobs, logprobs, atol=1e-3)
+        both = [sample for sample in samples if len(sample.versions) == 2]
+        assert both, "no response was under way during the sync"
+        after = first_rank(trainers, "logprobs_of", [sample.token_ids for sample in both], prompt)
+        for sample, logprobs in zip(both, after, strict=True):
+            (_, num_old), (version, _) = sample.versions
+            assert version == 1
+            np.testing.assert_allclose(sample.logprobs[num_old:], logprobs[num_old:], atol=1e-3)
 
 
 @pytest.fixture
@@ -116,4 +195,4 @@ def test_a_tied_head_follows_its_embedding(tmp_path, monkeypatch, tied_model, dt
     with both_ends(tmp_path, monkeypatch, *arguments) as (trainers, _, weights):
         weights.verify_start()
         first_rank(trainers, "perturb", 0, 0.3)
-        assert weights.send(1) < TOLERANCE and weights.num_replaced == 0
+        assert weights.send(1)["sync/canary_diff"] < TOLERANCE and weights.num_replaced == 0

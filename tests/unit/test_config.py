@@ -75,7 +75,7 @@ def test_another_method_does_not_inherit_the_recipes_options():
         ("+recipe=maths", ["recipe=maths", "math"]),
         ("train.steps", ["'train.steps'", "key=value"]),
         ("weight_sync.backend=nccl", ["weight_sync.backend=nccl", "auto"]),
-        ("train.max_lag=1", ["train.max_lag=1"]),
+        ("train.max_lag=-1", ["train.max_lag=-1"]),
         ("resume=auto", ["resume=auto"]),
     ],
 )
@@ -91,7 +91,8 @@ def test_a_bad_argument_is_refused_with_its_value_and_the_remedy(argument, words
         "checkpoint.keep=3",
         "data.eval_dir=somewhere",
         "rollout.gpu_memory_share=0.5",
-        "cluster.placement=colocate",
+        "algo.min_importance_weight=0.1",
+        "algo.kl_kind=k2",
         "log.wandb_project=mine",
         "data.split=test",
     ],
@@ -137,3 +138,25 @@ def test_a_checkpoint_is_evaluated_with_its_own_runs_keys(tmp_path):
 
 def test_the_configs_lie_where_they_are_looked_for():
     assert (config_dir() / "train.yaml").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["train.streaming=true", "train.max_lag=1"], "train.streaming=true needs train.max_lag=0"),
+        (["train.streaming=true", "algo=reinforce_pp"], "advantages that a group has by itself"),
+        (["cluster.placement=colocate", "train.max_lag=1"], "train.max_lag=1 needs cluster.placement=split"),
+        (["cluster.placement=colocate", "rollout.spare_share=0.5"], "rollout.spare_share=0.5 needs"),
+        (["trainer.offload=all", "trainer.zero_stage=2"], "trainer.offload=all needs trainer.zero_stage=3"),
+        (["trainer.offload=optimizer", "trainer.zero_stage=0"], "needs trainer.zero_stage=1, 2 or 3"),
+        (["reward.overlong_tokens=1000"], "more than model.max_response_tokens=32"),
+    ],
+)
+def test_keys_that_contradict_each_other_are_refused(arguments, sentence):
+    with pytest.raises(UserError, match=sentence):
+        load_config(["+recipe=quickstart", *arguments])
+
+
+@pytest.mark.parametrize("algo", sorted(path.stem for path in (config_dir() / "algo").glob("*.yaml")))
+def test_every_algorithm_is_a_valid_choice(algo):
+    load_config(["+recipe=quickstart", f"algo={algo}"])

@@ -22,14 +22,15 @@ def run_step(controller, num_solved=(0, 3, 5, 8)):
 
 def test_select_marks_in_flight_and_never_selects_twice():
     controller = build()
-    first, second = controller.select(), controller.select()
+    first, second = controller.select(), controller.select(4)
     assert controller.in_flight == first + second
     indices = [index for index, _ in first + second]
     assert len(set(indices)) == 8
     assert all(isinstance(index, int) and predicted == pytest.approx(1 / 3) for index, predicted in first)
     with pytest.raises(UserError, match="cannot select 4 prompts: 2 of 10 are available"):
-        controller.select()
+        controller.select(4)
     assert len(controller.select(2)) == 2
+    assert controller.select() == []  # more than a batch is under way
 
 
 def test_a_prompt_that_came_back_waits_for_the_next_step():
@@ -41,7 +42,37 @@ def test_a_prompt_that_came_back_waits_for_the_next_step():
     with pytest.raises(UserError, match="0 of 5 are available"):
         controller.select(1)
     controller.observe()
-    assert len(controller.select()) == 4
+    assert len(controller.trained()) == 4
+    assert len(controller.select()) == 3  # the fifth is carried over
+
+
+def test_a_step_with_spare_prompts_ends_with_a_batch_and_the_rest_goes_on():
+    config = {"method": "uniform"}
+    controller = Controller([f"p{i}" for i in range(40)], 4, config, num_rollouts=8, seed=0, num_spare=3)
+    selected = controller.select()
+    assert len(selected) == 7
+    controller.admit(outcomes_of(selected[:5], [4] * 5))
+    metrics = controller.observe(ahead=True)
+    assert (metrics["selection/num_carried"], metrics["selection/num_lost"]) == (1, 0)
+    assert controller.trained() == sorted(index for index, _ in selected[:5])[:4]
+    assert controller.in_flight == selected[5:]
+    more = controller.select()
+    assert len(more) == 4  # with one carried over and two in flight seven again
+    controller.admit([Outcome(index, 4, 8, policy_version=0) for index, _ in selected[5:]])  # by the earlier weights
+    controller.admit(outcomes_of(more[:1], [4]))
+    controller.observe(ahead=True)
+    carried = sorted(index for index, _ in selected[:5])[4:]
+    assert controller.trained() == carried + sorted(index for index, _ in [*selected[5:], more[0]])
+
+
+def test_groups_that_training_has_begun_on_are_in_the_batch():
+    config = {"method": "uniform"}
+    controller = Controller([f"p{i}" for i in range(40)], 2, config, 8, 0, admission="mixed", max_rounds=2)
+    selected = [index for index, _ in controller.select()] + [index for index, _ in controller.select(2)]
+    controller.admit([Outcome(index, 4, 8) for index in selected])
+    begun = sorted(selected)[-2:]
+    controller.observe(begun=begun)
+    assert controller.trained() == begun
 
 
 def test_nothing_is_learned_before_observe():

@@ -11,8 +11,8 @@ import dpsrl
 ROOT = Path(dpsrl.__file__).parent
 HEAVY = ("ray", "vllm", "deepspeed")
 # The upper layers, which exist to drive these; everything else, however new, is held to the rule.
-UPPER = {"rollout", "trainer", "weight_sync", "cluster", "pools", "groups", "train", "evaluate"}
-WITH_TORCH = {"algo.losses", "trl"}
+UPPER = {"rollout", "trainer", "weight_sync", "cluster", "pools", "groups", "early", "launch", "train", "evaluate"}
+WITH_TORCH = {"algo.losses", "policy", "trl"}
 
 
 def modules():

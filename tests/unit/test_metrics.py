@@ -12,7 +12,7 @@ import pytest
 from dpsrl import metrics
 from dpsrl.metrics import GroupLog, Metrics, WandbSink, key_of, read_lines, summarize, write_summary
 from dpsrl.selection.outcomes import OutcomeRule
-from dpsrl.types import Group, Score, UserError
+from dpsrl.types import Group, Rollout, Score, UserError
 
 
 def lines_of(path):
@@ -135,8 +135,9 @@ def test_a_new_run_begins_with_an_empty_file(tmp_path):
 
 def test_a_group_line_counts_scored_rollouts_only(tmp_path):
     log = GroupLog(tmp_path / "groups.jsonl")
+    rollouts = [Rollout(np.array([5]), np.zeros(1), "stop", versions) for versions in ([(8, 1)], [(7, 1), (9, 2)])]
     scores = [Score(1.0, True), None, Score(0.0, False), Score(1.0, True)]
-    group = Group(3, "9f2c", np.array([1, 2], np.int32), [], policy_version=7, scores=scores)
+    group = Group(3, "9f2c", np.array([1, 2], np.int32), rollouts, scores)
     counts = OutcomeRule().counts(group.rewards_G)
     log.write(4, group, counts, admitted=True, predicted=np.float64(0.625))
     log.write(4, group, counts, admitted=False, predicted=None)
