@@ -1,4 +1,4 @@
-"""The Ray session: the resource plan and its shortfall, actors and their output, waits with a deadline.
+"""The Ray session: its start, the place of every actor, their output, waits with a deadline.
 
 Every wait (`run.stall_s`) names whom it waits for. A local cluster starts here and ends with the run. What the
 actors are asked to do is in `pools.py`.
@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,56 +20,7 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dpsrl.config import Config
-from dpsrl.types import UserError
-
-# --- the plan: what a run needs, what is here, and the difference in words -----------------------------
-
-
-@dataclass(frozen=True)
-class Plan:
-    """GPUs that a run needs, and how they are shared out."""
-
-    num_engines: int
-    num_ranks: int
-    gpus: int
-    words: str
-
-
-def resource_plan(config: Config, with_trainer: bool = True) -> Plan:
-    engines, width = config.rollout.num_workers, config.rollout.tensor_parallel
-    ranks = config.trainer.num_workers if with_trainer else 0
-    parts = f"{engines} engine{'s' * (engines > 1)} and {ranks} trainer rank{'s' * (ranks != 1)}"
-    if config.cluster.device == "cpu":
-        return Plan(engines, ranks, 0, f"{parts} on CPU cores")
-    if config.cluster.placement == "colocate":
-        if width > 1:
-            raise UserError(f"rollout.tensor_parallel={width} with cluster.placement=colocate: use split, or 1")
-        return Plan(engines, ranks, max(engines, ranks), f"{parts} on shared GPUs")
-    gpus = engines * width + ranks
-    return Plan(engines, ranks, gpus, f"{parts}, {engines} x {width} + {ranks} GPUs of their own")
-
-
-def num_local_gpus() -> int:
-    """GPUs that this process may use, found without importing torch."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([item for item in visible.split(",") if item.strip() not in ("", "-1")])
-    try:
-        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10, check=False)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return 0
-    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
-
-
-def check_resources(plan: Plan, num_gpus: int, where: str = "this machine") -> None:
-    """Raises UserError with what is needed, what was found and what to try."""
-    if plan.gpus > num_gpus:
-        fewer = "set rollout.num_workers and trainer.num_workers so that they fit, " if num_gpus > 1 else ""
-        raise UserError(
-            f"this run needs {plan.gpus} GPUs ({plan.words}) and {where} has {num_gpus}: {fewer}"
-            "set cluster.address to a Ray cluster that has them, or try the recipe without GPUs: cluster=cpu model=tiny"
-        )
-
+from dpsrl.resources import check_resources, resource_plan
 
 # --- the cluster --------------------------------------------------------------------------------------
 
@@ -93,13 +42,16 @@ class Cluster:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Ray's default of 15 lets any other program on a laptop take the cores that two threads wait for each other on.
         os.environ.setdefault("RAY_worker_niceness", "0")
-        num_actors = self.plan.num_engines + self.plan.num_ranks + 1
-        local = {"num_cpus": max(os.cpu_count() or 1, num_actors), "include_dashboard": False} if self.local else {}
+        num_cpus = max(os.cpu_count() or 1, self.plan.total["CPU"])
+        local = {"num_cpus": num_cpus, "include_dashboard": False} if self.local else {}
         with _whole_start():
             ray.init(address=config.cluster.address or "local", log_to_driver=False, logging_level="ERROR", **local)
         self._interrupts = _remembered_interrupts(self._stack)
         if not self.local:
-            check_resources(self.plan, int(ray.cluster_resources().get("GPU", 0)), f"cluster {config.cluster.address}")
+            machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            machines = [{kind: int(amounts.get(kind, 0)) for kind in ("GPU", "CPU")} for amounts in machines]
+            check_resources(self.plan, machines, f"the cluster {config.cluster.address}")
+        self._reserve()
 
     def __enter__(self) -> Cluster:
         return self
@@ -152,19 +104,29 @@ class Cluster:
         wanted = self.config.cluster.cpus_per_worker
         return max(1, min(wanted, cores // num_workers)) if self.config.cluster.device == "cpu" else wanted
 
-    def gpu_options(self, index: int, num_gpus: int) -> dict[str, Any]:
-        """Ray options that give an actor its GPUs: whole ones, or half of bundle `index` when colocated."""
-        if self.config.cluster.device == "cpu":
-            return {"num_cpus": 1}
-        cpus = self.config.cluster.cpus_per_worker
-        if self.config.cluster.placement == "split":
-            return {"num_cpus": cpus, "num_gpus": num_gpus}
-        if self.placement is None:
-            self.placement = placement_group([{"GPU": 1, "CPU": 2 * cpus}] * self.plan.gpus)
-            if not self.placement.wait(timeout_seconds=self.config.run.stall_s):
-                raise StallError(f"Ray did not place {self.plan.words} within {self.config.run.stall_s:.0f} s")
-        strategy = PlacementGroupSchedulingStrategy(self.placement, placement_group_bundle_index=index)
-        return {"num_cpus": cpus, "num_gpus": 0.5, "scheduling_strategy": strategy}
+    def _reserve(self) -> None:
+        """One placement group for the whole run: it starts complete or not at all."""
+        self.placement = placement_group(self.plan.bundles, strategy="PACK")
+        if not self.placement.wait(timeout_seconds=self.config.run.stall_s):
+            raise StallError(
+                f"Ray did not place {self.plan.words} within {self.config.run.stall_s:.0f} s: "
+                "others may hold its machines"
+            )
+
+    def engine_options(self, index: int) -> dict[str, Any]:
+        """Ray's options of engine `index`."""
+        return self._options(self.plan.engine_bundle(index))
+
+    def rank_options(self, index: int) -> dict[str, Any]:
+        return self._options(self.plan.rank_bundle(index))
+
+    def _options(self, place: int) -> dict[str, Any]:
+        """A bundle's place, and all of it, or half where two share it."""
+        amounts = self.plan.bundles[place]
+        parts = 2 if self.plan.shared else 1
+        strategy = PlacementGroupSchedulingStrategy(self.placement, placement_group_bundle_index=place)
+        options = {"num_cpus": amounts["CPU"] // parts, "scheduling_strategy": strategy}
+        return options | ({"num_gpus": amounts["GPU"] / parts} if amounts["GPU"] else {})
 
 
 @contextmanager

@@ -18,12 +18,13 @@ from pathlib import Path
 import numpy as np
 
 from dpsrl.checkpoint import RunFolder, check_model_folder
-from dpsrl.cluster import Cluster, StallError, check_resources, num_local_gpus, resource_plan
+from dpsrl.cluster import Cluster, StallError
 from dpsrl.config import Config, help_text, load_config
 from dpsrl.data.build import benchmark_prompts, load_tokenizer
 from dpsrl.data.prompts import PromptSet
 from dpsrl.groups import EVALUATION, GroupStream
 from dpsrl.pools import RolloutPool, transfer_backend
+from dpsrl.resources import check_here, num_local_gpus, resource_plan
 from dpsrl.rewards import Scorer
 from dpsrl.screen import Screen
 from dpsrl.selection.outcomes import OutcomeRule
@@ -190,7 +191,7 @@ def run(config: Config) -> None:
     """Evaluates one model and writes responses, pass rates and summary.json into a folder of its own."""
     if not config.eval.benchmarks:
         raise UserError("eval.benchmarks=[] names nothing to evaluate on: give eval.benchmarks=[math500] or the like")
-    check_resources(resource_plan(config, with_trainer=False), num_local_gpus())
+    check_here(resource_plan(config, with_trainer=False))
     check_model_folder(config.model.path)
     folder = RunFolder(Path(config.run.dir or f"runs/evaluate-{time.strftime('%Y%m%d-%H%M%S')}"))
     folder.check_free()

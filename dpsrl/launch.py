@@ -17,7 +17,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from dpsrl.checkpoint import RunFolder, check_model_folder
-from dpsrl.cluster import Cluster, check_resources, num_local_gpus, resource_plan
+from dpsrl.cluster import Cluster
 from dpsrl.config import CONTROLLER_KEYS, Config
 from dpsrl.data.build import load_tokenizer, training_prompts
 from dpsrl.data.prompts import PromptSet
@@ -27,6 +27,7 @@ from dpsrl.groups import GroupStream
 from dpsrl.metrics import GroupLog, Metrics, WandbSink
 from dpsrl.pools import ControllerHandle, RolloutPool, TrainerPool, Weights, transfer_backend
 from dpsrl.prior import Prior, read_prior
+from dpsrl.resources import check_here, resource_plan
 from dpsrl.rewards import Scorer, check_function
 from dpsrl.screen import Screen
 from dpsrl.selection import build_selector
@@ -88,7 +89,7 @@ def controller_arguments(config: Config, prompt_ids: list[str]) -> dict[str, Any
 def preflight(config: Config) -> tuple[RunFolder, Any, PromptSet, Benchmarks, Prior]:
     """Everything that can be checked before a process starts; UserError on the first fault."""
     if not config.cluster.address:
-        check_resources(resource_plan(config), num_local_gpus())
+        check_here(resource_plan(config))
     folder = RunFolder(Path(config.run.dir or f"runs/{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"))
     folder.check_free()
     check_model_folder(config.model.path)

@@ -21,7 +21,7 @@ from dpsrl.config import Config
 from dpsrl.controller import Controller
 from dpsrl.rollout import RolloutWorker
 from dpsrl.trainer import TrainerWorker
-from dpsrl.types import Rollout, RolloutRequest
+from dpsrl.types import Rollout, RolloutRequest, UserError
 
 POLL_BUDGET_S = 1.0  # an engine without a finished request reports back after this long
 MAX_SYNC_ATTEMPTS = 3
@@ -93,12 +93,15 @@ class RolloutPool:
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": threads,
         }
-        options = self.cluster.gpu_options(index, self.config.rollout.tensor_parallel)
+        options = self.cluster.engine_options(index)
         return self.cluster.start(RolloutWorker, f"engine-{index}", self.config, self.backend, env=env, options=options)
 
     def _all(self, what: str, method: str, *args: Any) -> list[Any]:
         calls = {engine: getattr(engine, method).remote(*args) for engine in self.engines}
         return self.cluster.get(calls, what)
+
+    def hosts(self) -> list[str]:
+        return self._all("start and name its host", "node_address")
 
     def policy_versions(self) -> list[int]:
         """Also the wait for the engines to be up."""
@@ -219,7 +222,7 @@ class TrainerPool:
                 rank,
                 threads,
                 env=env,
-                options=cluster.gpu_options(rank, 1),
+                options=cluster.rank_options(rank),
             )
             for rank in range(num_ranks)
         ]
@@ -233,6 +236,9 @@ class TrainerPool:
         host = "127.0.0.1" if self.cluster.local else self.cluster.get({first: first.node_address.remote()}, "start")[0]
         (port,) = self.cluster.get({first: first.free_port.remote()}, "start")
         self._all("start", "start", host, port)
+
+    def hosts(self) -> list[str]:
+        return self._all("name its host", "node_address")
 
     def connect(self, rollouts: RolloutPool) -> None:
         (expected, *_) = self._all("list its weights", "weight_metas")
@@ -313,7 +319,17 @@ class Weights:
         self.policy_version = 0
         self.num_replaced = 0
         self.take_turns = config.cluster.placement == "colocate"
+        self._check_hosts()
         trainers.connect(rollouts)
+
+    def _check_hosts(self) -> None:
+        if transfer_backend(self.config) == "shared_memory":
+            hosts = sorted({*self.trainers.hosts(), *self.rollouts.hosts()})
+            if len(hosts) > 1:
+                raise UserError(
+                    f"weights travel by shared memory, and the run is spread over {', '.join(hosts)}: "
+                    "use one machine, or GPUs"
+                )
 
     def check(self, failures: dict[int, str]) -> tuple[float, dict[int, str]]:
         """Largest canary difference in nats among sound engines, and why the others are not."""

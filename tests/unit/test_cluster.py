@@ -1,4 +1,4 @@
-"""The resource plan: what a run needs, and the sentence when it is not there."""
+"""Ctrl-C and waits of the Ray session."""
 
 import signal
 from contextlib import ExitStack
@@ -6,46 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dpsrl.cluster import Cluster, _remembered_interrupts, check_resources, num_local_gpus, resource_plan
-from dpsrl.config import load_config
-from dpsrl.types import UserError
-
-
-def plan(*arguments):
-    return resource_plan(load_config(["+recipe=math", *arguments]))
-
-
-def test_gpus_add_up():
-    assert plan().gpus == 8
-    assert plan("rollout.num_workers=2", "rollout.tensor_parallel=2", "trainer.num_workers=3").gpus == 7
-    assert plan("cluster.placement=colocate").gpus == 4
-    assert plan("cluster=cpu", "model=tiny").gpus == 0
-    assert resource_plan(load_config(["+recipe=math"]), with_trainer=False).gpus == 4
-
-
-def test_a_shortfall_names_need_found_and_remedy():
-    with pytest.raises(UserError) as error:
-        check_resources(plan(), 2)
-    for words in (
-        "8 GPUs",
-        "4 engines and 4 trainer ranks",
-        "has 2",
-        "rollout.num_workers",
-        "cluster=cpu model=tiny",
-    ):
-        assert words in str(error.value)
-    check_resources(plan(), 8)
-
-
-def test_colocated_engines_span_one_gpu():
-    with pytest.raises(UserError, match="tensor_parallel=2"):
-        plan("cluster.placement=colocate", "rollout.tensor_parallel=2")
-
-
-def test_visible_devices_are_counted(monkeypatch):
-    for value, count in (("", 0), ("-1", 0), ("0", 1), ("2,5", 2)):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
-        assert num_local_gpus() == count
+from dpsrl.cluster import Cluster, _remembered_interrupts
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
