@@ -49,7 +49,7 @@ class Flight(NamedTuple):
 class Controller:
     """Selection with its book-keeping for N prompts.
 
-    prompt_ids: one stable, distinct id per row; batch: groups per update.
+    prompt_ids: one stable, distinct id per row, as uint64 (N,) or texts; batch: groups per update.
     selector_config: {"method": "dps", **options} as `build_selector` takes them.
     admission: a name in ADMISSIONS. With `mixed`, prompts are refilled until `batch` groups are admitted, but at most
     `max_rounds * batch` prompts are rolled out in a step; mixed groups beyond `batch` are carried over to the next.
@@ -60,7 +60,7 @@ class Controller:
 
     def __init__(
         self,
-        prompt_ids: Sequence[str],
+        prompt_ids: Sequence[str] | np.ndarray,
         batch: int,
         selector_config: dict[str, Any],
         num_rollouts: int,
@@ -70,8 +70,9 @@ class Controller:
         num_audit: int = 0,
         num_spare: int = 0,
     ) -> None:
-        if len(set(prompt_ids)) != len(prompt_ids):
-            raise ValueError(f"prompt ids must be distinct; {len(prompt_ids) - len(set(prompt_ids))} are repeated.")
+        ids_N = prompt_ids if isinstance(prompt_ids, np.ndarray) else id_hashes(prompt_ids)
+        if num_repeated := ids_N.size - np.unique(ids_N).size:
+            raise ValueError(f"prompt ids must be distinct; {num_repeated} are repeated.")
         if not 1 <= batch <= len(prompt_ids):
             raise UserError(
                 f"train.batch is {batch}, but the data set has {len(prompt_ids)} prompts; "
@@ -85,7 +86,7 @@ class Controller:
         self.max_prompts = max_rounds * batch
         self._admits = build_admission(admission)
         self._refills = admission != "all"
-        self._prompt_ids = prompt_ids
+        self._ids_N = ids_N
         self._audit = Audit(num_audit, seed)
         self._last_state_N = np.full(len(prompt_ids), UNSEEN, dtype=np.int8)
         self._in_flight: dict[int, Flight] = {}
@@ -265,7 +266,7 @@ class Controller:
 
         Prompts are matched by id, so the data set may have changed. Use counts begin anew.
         """
-        hashes = id_hashes(self._prompt_ids)
+        hashes = self._ids_N
         order = np.argsort(hashes)
         theirs = state["prompt_ids"]
         place = np.searchsorted(hashes, theirs, sorter=order).clip(max=hashes.size - 1)
@@ -282,7 +283,7 @@ class Controller:
         """
         in_flight = self._in_flight | {index: flight for index, (_, flight) in self._came_back.items()}
         own = {
-            "prompt_ids": id_hashes(self._prompt_ids),
+            "prompt_ids": self._ids_N,
             "policy_version": np.array(self.policy_version),
             "last_state": self._last_state_N.copy(),
             "in_flight_index": np.array(list(in_flight), dtype=np.int64),
@@ -300,7 +301,7 @@ class Controller:
                 f"the controller's state has keys {sorted(state)} where {sorted(needed)} are needed; "
                 "it was saved with another selection method or version."
             )
-        hashes = id_hashes(self._prompt_ids)
+        hashes = self._ids_N
         if not np.array_equal(state["prompt_ids"], hashes):
             shared = np.intersect1d(state["prompt_ids"], hashes).size
             raise UserError(
@@ -323,7 +324,7 @@ def part_of(state: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def id_hashes(prompt_ids: Sequence[str]) -> np.ndarray:
-    """uint64 (N,): 8 bytes that stand for each id in files."""
+    """uint64 (N,): 8 bytes that stand for each text."""
     return np.array(
         [int.from_bytes(hashlib.blake2b(i.encode(), digest_size=8).digest(), "little") for i in prompt_ids],
         dtype=np.uint64,

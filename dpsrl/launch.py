@@ -71,7 +71,7 @@ def selector_config(config: Config) -> dict[str, Any]:
     return {name: value for name, value in options if value is not None and name not in CONTROLLER_KEYS}
 
 
-def controller_arguments(config: Config, prompt_ids: list[str]) -> dict[str, Any]:
+def controller_arguments(config: Config, prompt_ids: np.ndarray) -> dict[str, Any]:
     selection, batch = config.selection, config.train.batch
     return {
         "prompt_ids": prompt_ids,

@@ -6,7 +6,6 @@ Owns the reading and matching by prompt id. The controller takes in what is foun
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,7 @@ class Prior:
     state: dict[str, Any] | None = None  # of an earlier run's controller
 
 
-def read_prior(config: Config, prompt_ids: Sequence[str]) -> Prior:
+def read_prior(config: Config, prompt_ids: np.ndarray) -> Prior:
     """What `selection.prior_rates` and `selection.warm_start` name; UserError where it cannot be used."""
     selection = config.selection
     return Prior(
@@ -57,17 +56,18 @@ def read_prior(config: Config, prompt_ids: Sequence[str]) -> Prior:
     )
 
 
-def read_pass_rates(path: Path, prompt_ids: Sequence[str]) -> PassRates:
-    """Sums over the lines of each prompt. Any JSON lines with prompt_id, num_solved and num_rollouts will do.
+def read_pass_rates(path: Path, prompt_ids: np.ndarray) -> PassRates:
+    """Sums over the lines of each prompt; prompt_ids: uint64 (N,).
 
-    That is `pass_rates.jsonl` of an evaluation, and `groups.jsonl` of a run.
+    Any JSON lines with prompt_id, num_solved and num_rollouts will do: `pass_rates.jsonl` of an evaluation,
+    `groups.jsonl` of a run.
     """
     if not path.is_file():
         raise UserError(
             f"selection.prior_rates={path} is not a file: give pass_rates.jsonl of an evaluation "
             "(python -m dpsrl.evaluate model.path=... data.train=... eval.benchmarks=[train])"
         )
-    row_of = {prompt_id: row for row, prompt_id in enumerate(prompt_ids)}
+    order = np.argsort(prompt_ids)
     counts_N2 = np.zeros((len(prompt_ids), 2), dtype=np.int64)
     num_foreign = 0
     with path.open(encoding="utf-8", errors="replace") as lines:
@@ -75,7 +75,7 @@ def read_pass_rates(path: Path, prompt_ids: Sequence[str]) -> PassRates:
             if not line.strip():
                 continue
             prompt_id, num_solved, num_rollouts = parse_line(path, number, line)
-            row = row_of.get(prompt_id)
+            row = _row_of(prompt_id, prompt_ids, order)
             if row is None:
                 num_foreign += 1
             else:
@@ -86,6 +86,16 @@ def read_pass_rates(path: Path, prompt_ids: Sequence[str]) -> PassRates:
             f"({num_foreign:,} lines are about others): take the pass rates of this data set, with these prompts"
         )
     return PassRates(str(path), counts_N2[:, 0], counts_N2[:, 1], num_foreign)
+
+
+def _row_of(prompt_id: str, prompt_ids: np.ndarray, order: np.ndarray) -> int | None:
+    try:
+        number = np.uint64(int(prompt_id, 16))
+    except (ValueError, OverflowError):
+        return None
+    place = min(int(np.searchsorted(prompt_ids, number, sorter=order)), order.size - 1)
+    row = int(order[place])
+    return row if prompt_ids[row] == number else None
 
 
 def parse_line(path: Path, number: int, line: str) -> tuple[str, int, int]:

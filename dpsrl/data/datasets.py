@@ -12,17 +12,17 @@ import re
 import socket
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dpsrl.types import UserError
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
 SHOWN_ROWS = 5
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(?::[\w.-]+)?")  # owner/name or owner/name:configuration
-FILE_SUFFIX = re.compile(r"\.(?:csv|tsv|txt|arrow|xlsx?|ya?ml|pkl|gz|bz2|xz|zip|zst|jsonl?|parquet)$", re.I)
+FILE_SUFFIX = re.compile(r"\.(?:csv|tsv|txt|xlsx?|ya?ml|pkl|gz|bz2|xz|zip|zst|jsonl?|parquet)$", re.I)
 HUB_ANSWERS_WITHIN_S = 3.0
 
 
@@ -41,19 +41,23 @@ class LoadReport:
 
     name: str
     num_rows: int = 0
-    dropped: dict[str, list[int]] = field(default_factory=dict)
+    num_dropped: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, list[int]] = field(default_factory=dict)  # the first row numbers of each reason
     remarks: list[str] = field(default_factory=list)
 
     def drop(self, reason: str, number: int) -> None:
-        self.dropped.setdefault(reason, []).append(number)
+        self.num_dropped[reason] = self.num_dropped.get(reason, 0) + 1
+        numbers = self.dropped.setdefault(reason, [])
+        if len(numbers) <= SHOWN_ROWS:
+            numbers.append(number)
 
     @property
     def num_kept(self) -> int:
-        return self.num_rows - sum(map(len, self.dropped.values()))
+        return self.num_rows - sum(self.num_dropped.values())
 
     def sentences(self) -> list[str]:
         """`math.jsonl: 74 rows, 2 without an answer (rows 8, 10); 72 prompts kept`, then the remarks."""
-        faults = [f"{len(numbers):,} {reason} ({_rows(numbers)})" for reason, numbers in self.dropped.items()]
+        faults = [f"{self.num_dropped[reason]:,} {reason} ({_rows(n)})" for reason, n in self.dropped.items()]
         read = f"{self.name}: {_count(self.num_rows, 'row')}"
         remarks = self.remarks[:SHOWN_ROWS]
         if len(self.remarks) > SHOWN_ROWS:
@@ -72,26 +76,23 @@ def _rows(numbers: list[int]) -> str:
 
 def load_rows(
     source: str, *, prompt_key: str = "problem", answer_key: str = "answer", split: str = "train"
-) -> tuple[list[Row], LoadReport]:
-    """Usable rows of a .jsonl, .json or .parquet file, or of a Hugging Face data set.
+) -> tuple[Sequence[Row], LoadReport]:
+    """Usable rows of a .jsonl, .json, .parquet or .arrow file, or of a Hugging Face data set.
+
+    Those of Parquet and Arrow files stay on disk.
 
     The latter is `owner/name` or `owner/name:configuration`, and `split` is its split. UserError where the
     source is missing, empty, of another kind, or has no usable row.
     """
     path = Path(source)
     report = LoadReport(path.name if path.suffix in SUFFIXES else source)
-    rows, columns = [], set()
-    for number, item in _items(source, split):
-        report.num_rows += 1
-        if isinstance(item, str):
-            report.drop(item, number)
-            continue
-        columns |= item.keys()
-        row = _row(item, number, prompt_key, answer_key)
-        if isinstance(row, str):
-            report.drop(row, number)
-        else:
-            rows.append(row)
+    if path.suffix in (".parquet", ".arrow") and path.is_file():
+        from dpsrl.data.arrow import ArrowRows
+
+        rows = ArrowRows(path, prompt_key, answer_key, report)
+        columns = rows.columns
+    else:
+        rows, columns = _rows_in_memory(source, split, prompt_key, answer_key, report)
     if report.num_rows == 0:
         raise UserError(f"{source} is empty: give a data set with at least one row")
     for name, column in (("data.prompt_key", prompt_key), ("data.answer_key", answer_key)):
@@ -103,9 +104,27 @@ def load_rows(
     return rows, report
 
 
-def _row(item: dict[str, Any], number: int, prompt_key: str, answer_key: str) -> Row | str:
+def _rows_in_memory(
+    source: str, split: str, prompt_key: str, answer_key: str, report: LoadReport
+) -> tuple[list[Row], set[str]]:
+    """(usable rows, names of all columns)."""
+    rows, columns = [], set()
+    for number, item in _items(source, split):
+        report.num_rows += 1
+        if isinstance(item, str):
+            report.drop(item, number)
+            continue
+        columns |= item.keys()
+        row = row_of(item.get(prompt_key), item.get(answer_key), number)
+        if isinstance(row, str):
+            report.drop(row, number)
+        else:
+            rows.append(row)
+    return rows, columns
+
+
+def row_of(problem: Any, answer: Any, number: int) -> Row | str:
     """The row, or the reason to drop it."""
-    problem, answer = item.get(prompt_key), item.get(answer_key)
     if not isinstance(problem, str) or not problem.strip():
         return "without a problem text"
     answers = answer if isinstance(answer, list) else [answer]
@@ -146,7 +165,7 @@ def _items(source: str, split: str) -> Iterator[tuple[int, dict[str, Any] | str]
     elif path.suffix == ".jsonl":
         yield from _json_lines(path)
     else:
-        yield from enumerate(_json_list(path) if path.suffix == ".json" else _parquet_rows(path), 1)
+        yield from enumerate(_json_list(path), 1)
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
@@ -176,17 +195,6 @@ def _json_list(path: Path) -> list[dict[str, Any] | str]:
     if not isinstance(items, list):
         raise UserError(f"{path} holds no list of objects: give one, or one object a line in a .jsonl file")
     return [item if isinstance(item, dict) else "not a JSON object" for item in items]
-
-
-def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a Parquet file ({_first_line(error)}): give a whole one") from error
 
 
 def _hub_rows(source: str, split: str) -> Iterator[dict[str, Any]]:

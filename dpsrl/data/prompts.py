@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,12 @@ import numpy as np
 from dpsrl.data.datasets import LoadReport, Row
 from dpsrl.types import Prompt, UserError
 
+MAX_COMPARED = 10_000  # duplicates whose answers are looked at
 BOUNDARY_TOKENS = 16  # what a text can add by keeping apart template letters that otherwise share a token
 
 
 class PromptSet:
-    """A sequence of `Prompt`. Texts are kept, tokens are not.
+    """A sequence of `Prompt`. Rows stay where they are, tokens are not kept; `ids` is uint64 (N,).
 
     Rows with the text of an earlier one, prompts longer than `max_prompt_tokens`, and rows whose answer
     `is_scorable` refuses are dropped and counted in `report`. UserError when nothing is left. `instruction`
@@ -29,7 +30,7 @@ class PromptSet:
 
     def __init__(
         self,
-        rows: list[Row],
+        rows: Sequence[Row],
         report: LoadReport,
         tokenizer: Any,
         instruction: str,
@@ -38,40 +39,62 @@ class PromptSet:
     ) -> None:
         self.tokenizer, self.instruction, self.report = tokenizer, instruction, report
         self._num_template_tokens = len(self._tokens(Row("", "", 0)))
-        self._rows = []
-        distinct = _distinct(rows, report)
-        for row in distinct:
-            if is_scorable is not None and not is_scorable(row.answer):
-                report.drop("with an answer that no response can match", row.number)
-            elif self._is_longer(row, max_prompt_tokens):
-                report.drop(f"longer than {max_prompt_tokens:,} tokens", row.number)
-            else:
-                self._rows.append(row)
-        if not self._rows:
-            shortest = min(len(self._tokens(row)) for row in distinct)
+        self._rows = rows
+        ids_N, long_N, scorable_N = self._scan(max_prompt_tokens, is_scorable)
+        kept_N = _distinct(ids_N, rows, report)
+        for place in np.flatnonzero(kept_N & ~scorable_N).tolist():
+            report.drop("with an answer that no response can match", rows[place].number)
+        kept_N &= scorable_N
+        may_be_long = np.flatnonzero(kept_N & long_N).tolist()
+        too_long = [place for place in may_be_long if len(self._tokens(rows[place])) > max_prompt_tokens]
+        for place in too_long:
+            report.drop(f"longer than {max_prompt_tokens:,} tokens", rows[place].number)
+        kept_N[too_long] = False
+        self._places = np.flatnonzero(kept_N)
+        if not self._places.size:
+            shortest = min((len(self._tokens(rows[place])) for place in too_long), default=0)
             raise UserError(
                 f"{report.name}: every prompt is longer than model.max_prompt_tokens={max_prompt_tokens} "
                 f"(the shortest has {shortest:,} tokens): raise it"
                 if shortest > max_prompt_tokens
                 else f"no row can be used: {report.sentences()[0]}"
             )
-        self.ids = [prompt_id(row.problem) for row in self._rows]
+        self.ids = ids_N[self._places]
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return self._places.size
 
     def __getitem__(self, index: int) -> Prompt:
-        index = range(len(self._rows))[index]  # from the end too, as in a list
-        row = self._rows[index]
+        index = range(len(self))[index]  # from the end too, as in a list
+        row = self._rows[int(self._places[index])]
         token_ids = np.array(self._tokens(row), dtype=np.int32)
-        return Prompt(index, self.ids[index], token_ids, row.problem, row.answer)
+        return Prompt(index, id_text(self.ids[index]), token_ids, row.problem, row.answer)
+
+    def _scan(
+        self, max_prompt_tokens: int, is_scorable: Callable[[Any], bool] | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(id of each row, whether its prompt may be too long, whether its answer can be matched).
+
+        A byte makes at most one token, so that most prompts need no tokenizing.
+        """
+        room = max_prompt_tokens - self._num_template_tokens - BOUNDARY_TOKENS
+        ids, long, scorable = [], [], []
+        for problems, answers in _batches(self._rows):
+            digests = b"".join(map(prompt_digest, problems))
+            ids.append(np.frombuffer(digests, dtype=">u8").astype(np.uint64))
+            long.append(np.fromiter((_num_bytes(text, room) > room for text in problems), bool, len(problems)))
+            judged = map(is_scorable, answers) if is_scorable else [True] * len(answers)
+            scorable.append(np.fromiter(judged, bool, len(answers)))
+        return np.concatenate(ids), np.concatenate(long), np.concatenate(scorable)
 
     @property
     def content_hash(self) -> str:
         """sha256 of ids and answers, the same in any order of the rows."""
-        answers = [json.dumps(row.answer, sort_keys=True) for row in self._rows]
-        pairs = sorted(zip(self.ids, answers, strict=True))
-        return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+        order = np.argsort(self.ids)
+        digest = hashlib.sha256(self.ids[order].tobytes())
+        for place in self._places[order].tolist():
+            digest.update(json.dumps(self._rows[place].answer, sort_keys=True).encode() + b"\n")
+        return digest.hexdigest()
 
     def _tokens(self, row: Row) -> list[int]:
         """Not str.format: problems and instructions are full of braces."""
@@ -84,29 +107,52 @@ class PromptSet:
         )
         return encoded["input_ids"]
 
-    def _is_longer(self, row: Row, limit: int) -> bool:
-        """A byte makes at most one token, so that a short text needs no tokenizing."""
-        if self._num_template_tokens + BOUNDARY_TOKENS + len(row.problem.encode()) <= limit:
-            return False
-        return len(self._tokens(row)) > limit
+
+def _batches(rows: Sequence[Row]) -> Iterator[tuple[list[str], list[Any]]]:
+    """(problems, answers), of rows in memory all at once."""
+    if hasattr(rows, "batches"):
+        return rows.batches()
+    return iter([([row.problem for row in rows], [row.answer for row in rows])])
+
+
+def prompt_digest(problem: str) -> bytes:
+    """8 bytes that depend on the text alone, white space folded."""
+    return hashlib.sha256(" ".join(problem.split()).encode("utf-8", "surrogatepass")).digest()[:8]
 
 
 def prompt_id(problem: str) -> str:
-    """16 hex digits that depend on the text alone, white space folded."""
-    return hashlib.sha256(" ".join(problem.split()).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    """A prompt's id in files and logs, 16 hex digits."""
+    return prompt_digest(problem).hex()
 
 
-def _distinct(rows: list[Row], report: LoadReport) -> list[Row]:
-    """The first row of each text. The same text with another answer is remarked on: one of them is wrong."""
-    first: dict[str, Row] = {}
-    for row in rows:
-        earlier = first.setdefault(prompt_id(row.problem), row)
-        if earlier is row:
-            continue
-        report.drop("duplicate", row.number)
-        if earlier.answer != row.answer:
-            report.remarks.append(
-                f"{report.name}: rows {earlier.number} and {row.number} ask the same and answer "
-                f"{earlier.answer!r} and {row.answer!r}; the first is kept"
-            )
-    return list(first.values())
+def id_text(prompt_id: int) -> str:
+    return f"{int(prompt_id):016x}"
+
+
+def _num_bytes(text: str, room: int) -> int:
+    """Exact where it matters: a character has at most 4 bytes."""
+    return 0 if 4 * len(text) <= room else len(text.encode())
+
+
+def _distinct(ids_N: np.ndarray, rows: Sequence[Row], report: LoadReport) -> np.ndarray:
+    """Whether a row is the first of its text. The same text with another answer is remarked on: one must be wrong."""
+    order = np.argsort(ids_N, kind="stable")
+    begins = np.ones(ids_N.size, dtype=bool)  # in order of ids, of which the first row stands first
+    ordered = ids_N[order]
+    np.not_equal(ordered[1:], ordered[:-1], out=begins[1:])
+    distinct_N = np.ones(ids_N.size, dtype=bool)
+    again = np.flatnonzero(~begins)
+    if again.size:
+        starts = np.flatnonzero(begins)
+        first = order[starts[np.searchsorted(starts, again) - 1]]
+        repeated = order[again]
+        distinct_N[repeated] = False
+        for count, i in enumerate(np.argsort(repeated).tolist()):
+            row = rows[int(repeated[i])]
+            report.drop("duplicate", row.number)
+            if count < MAX_COMPARED and (earlier := rows[int(first[i])]).answer != row.answer:
+                report.remarks.append(
+                    f"{report.name}: rows {earlier.number} and {row.number} ask the same and answer "
+                    f"{earlier.answer!r} and {row.answer!r}; the first is kept"
+                )
+    return distinct_N

@@ -100,6 +100,8 @@ def is_scorable(answer: Any) -> bool:
 
     No more is asked: an answer that is not mathematics is still compared as text.
     """
+    if isinstance(answer, str) and answer.isalnum() and len(answer) <= MAX_ANSWER_CHARS:
+        return True  # nothing to tidy: most answers of a large data set are whole numbers
     spellings = accepted_answers(answer)
     return any(len(text) <= MAX_ANSWER_CHARS and re.search(r"\w", tidy(text)) for text in spellings)
 

@@ -8,7 +8,7 @@ from dpsrl.controller import Controller
 from dpsrl.prior import read_controller_state, read_pass_rates
 from dpsrl.types import UserError
 
-IDS = ["a", "b", "c"]
+IDS = np.array([0xA, 0xB, 0xC], dtype=np.uint64)
 
 
 def write(path, *records):
@@ -69,6 +69,6 @@ def test_a_controllers_state_comes_from_a_checkpoint_or_the_latest_of_a_run(tmp_
     state = read_controller_state(tmp_path)
     assert int(state["selector.clock"]) == 2
     assert int(read_controller_state(tmp_path / "checkpoints/step_2")["selector.clock"]) == 1
-    assert Controller(["b", "a"], 1, {"method": "dps"}, 8, seed=0).warm_start(state) == 1
+    assert Controller(np.array([0xB, 0xA], dtype=np.uint64), 1, {"method": "dps"}, 8, seed=0).warm_start(state) == 1
     with pytest.raises(UserError, match="holds no controller's state"):
         read_controller_state(tmp_path / "nowhere")
