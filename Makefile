@@ -18,7 +18,7 @@ quickstart: install  ## Train a tiny model on Countdown, without a GPU; ARGS="tr
 simulate: install  ## Compare the selection methods on simulated prompts, in a minute; ARGS="worlds=hard seeds=10"
 	@$(PYTHON_BIN) -m dpsrl.simulate $(ARGS)
 
-bench: install  ## What selection costs beside copying its bytes, in two minutes; writes runs/bench.json
+bench: install  ## Selection, full steps beside TRL, large data: a quarter of an hour; ARGS="short data" for parts
 	@$(PYTHON_BIN) scripts/bench.py $(ARGS)
 
 test: install  ## Unit and integration tests; ARGS="-k name" goes to pytest

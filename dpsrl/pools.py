@@ -137,8 +137,8 @@ class RolloutPool:
         self._poll(engine)  # the engine works on while the caller scores
         return [(self.outstanding.pop(request_id), rollouts) for request_id, rollouts in finished]
 
-    def logprobs(self, token_ids: np.ndarray, indices: Iterable[int]) -> dict[int, np.ndarray]:
-        """The canary's logprobs on the engines at `indices`."""
+    def logprobs(self, token_ids: np.ndarray, indices: Iterable[int]) -> dict[int, tuple[int, np.ndarray]]:
+        """(policy version, the canary's logprobs) of the engines at `indices`."""
         calls = {self.engines[index]: self.engines[index].logprobs.remote(token_ids) for index in indices}
         return dict(zip(indices, self.cluster.get(calls, "score the canary"), strict=True))
 
@@ -281,8 +281,12 @@ class TrainerPool:
         ratios = {i: ratio for part in self.cluster.get(calls, "score the reference") for i, ratio in part.items()}
         return np.array([ratios[i] for i in range(len(ratios))])
 
+    def begin_logprobs(self, token_ids: np.ndarray) -> dict[Any, Any]:
+        """Starts scoring a sequence; rank 0's answer is the policy's."""
+        return {rank: rank.logprobs.remote(token_ids) for rank in self.ranks}
+
     def logprobs(self, token_ids: np.ndarray) -> np.ndarray:
-        return self._all("score the canary", "logprobs", token_ids)[0]
+        return self.cluster.get(self.begin_logprobs(token_ids), "score the canary")[0]
 
     def checksums(self) -> dict[str, str]:
         """Of every tensor, as it is sent."""
@@ -333,17 +337,16 @@ class Weights:
 
     def check(self, failures: dict[int, str]) -> tuple[float, dict[int, str]]:
         """Largest canary difference in nats among sound engines, and why the others are not."""
-        faults = dict(failures)
-        versions = self.rollouts.policy_versions()
-        for index, version in enumerate(versions):
-            if version != self.policy_version:
-                faults.setdefault(index, f"reports policy version {version}, not {self.policy_version}")
-        reference = self.trainers.logprobs(self.canary)
-        sound = [index for index in range(len(versions)) if index not in faults]
-        worst = 0.0
-        for index, logprobs in self.rollouts.logprobs(self.canary, sound).items():
+        faults, worst = dict(failures), 0.0
+        expected = self.trainers.begin_logprobs(self.canary)  # both ends compute at the same time
+        sound = [index for index in range(len(self.rollouts.engines)) if index not in faults]
+        answers = self.rollouts.logprobs(self.canary, sound)
+        reference = self.trainers.cluster.get(expected, "score the canary")[0]
+        for index, (version, logprobs) in answers.items():
             difference = float(np.abs(logprobs - reference).mean())
-            if difference <= self.config.weight_sync.canary_tolerance:
+            if version != self.policy_version:
+                faults[index] = f"reports policy version {version}, not {self.policy_version}"
+            elif difference <= self.config.weight_sync.canary_tolerance:
                 worst = max(worst, difference)
             else:
                 faults[index] = f"differs from the trainer by {difference:.4f} nats on the canary"

@@ -92,8 +92,8 @@ class RolloutWorker:
 
     # --- the canary ---------------------------------------------------------------------------------
 
-    def logprobs(self, token_ids: np.ndarray) -> np.ndarray:
-        """float32 (len - 1,): log p(token t | tokens before t) under this engine's weights, temperature 1."""
+    def logprobs(self, token_ids: np.ndarray) -> tuple[int, np.ndarray]:
+        """(policy version, float32 (len - 1,): log p(token t | tokens before t) at temperature 1)."""
         from vllm import SamplingParams
 
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
@@ -102,10 +102,8 @@ class RolloutWorker:
             self._step()  # requests that wait for the next step's polls move on a little, too
         self._finished.remove(mine[0])
         rows = mine[0].prompt_logprobs[1:]
-        return np.array(
-            [row[int(token)].logprob for row, token in zip(rows, token_ids[1:], strict=True)],
-            dtype=np.float32,
-        )
+        logprobs = [row[int(token)].logprob for row, token in zip(rows, token_ids[1:], strict=True)]
+        return self.receiver.policy_version, np.array(logprobs, dtype=np.float32)
 
     def checksums(self) -> dict[str, str]:
         return self.receiver.checksums()

@@ -1,7 +1,10 @@
-"""`make bench`: what selection costs, beside copying 60 bytes a prompt in the same process. Writes runs/bench.json.
+"""`make bench`: selection, full training steps beside TRL's, and the start on large data. Writes runs/bench.json.
 
-60 bytes are what a dense float32 copy of DPS's belief takes (9 counts, posterior, prior): a step that touched every
-prompt once could not be faster than reading and writing them. Times are medians; the two are taken in turns.
+    python scripts/bench.py [selection] [short] [long] [data] [keep]
+
+Selection is measured beside copying 60 bytes a prompt in the same process: what a dense float32 copy of DPS's belief
+takes (9 counts, posterior, prior). A step that touched every prompt once could not be faster than reading and writing
+them. Times are medians, taken in turns.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import bench_data
+import bench_step
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -21,6 +26,7 @@ from rich.table import Table
 from dpsrl.checkpoint import read_state, write_state
 from dpsrl.selection import build_selector
 
+BASELINE = Path(__file__).parent / "bench_baseline.json"  # ratios of an earlier run
 BATCH, ROLLOUTS, BYTES, ROUNDS = 256, 8, 60, 15
 
 
@@ -98,23 +104,42 @@ def put(report: dict, name: str, value: float, unit: str, baseline: float) -> No
     }  # fmt: skip
 
 
-def main(sizes: list[int]) -> None:
-    report: dict = {}
-    for size in sizes:
+def bench_selection(report: dict) -> None:
+    for size in (7_500, 1_000_000, 10_000_000):
         label = f"{size // 1_000_000}M" if size >= 1_000_000 else f"{size // 1000}k"
         bench_steps(report, size, f"dps_{label}", "dps", all_seen=False)
         bench_steps(report, size, f"dps_{label}_all_seen", "dps", all_seen=True)
         bench_steps(report, size, f"forecast_{label}", "forecast", all_seen=False)
-    table = Table(
-        "what", "value", "baseline", "ratio", title="selection; baselines: copying, writing, reading the bytes"
-    )
-    for name, row in report.items():
-        table.add_row(name, f"{row['value']:.3g} {row['unit']}", f"{row['baseline']:.3g}", f"{row['ratio']:.3g}")
-    Console().print(table)
+
+
+PARTS = {
+    "selection": bench_selection,
+    "short": lambda report: bench_step.race_to_report(report, "short"),
+    "long": lambda report: bench_step.race_to_report(report, "long"),
+    "data": lambda report: bench_data.bench_data(report, 10_000_000),
+}
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the parts named, or all; `keep` makes their ratios those that later runs are held against."""
+    parts = [name for name in arguments if name != "keep"] or list(PARTS)
     Path("runs").mkdir(exist_ok=True)
-    Path("runs/bench.json").write_text(json.dumps(report, indent=1))
+    kept = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
+    report: dict = {}
+    for name in parts:
+        PARTS[name](report)
+        Path("runs/bench.json").write_text(json.dumps(report, indent=1))
+    table = Table("what", "value", "baseline", "ratio", "ratio kept", title="a ratio is value / baseline")
+    for name, row in report.items():
+        before = f"{kept[name]:.3g}" if name in kept else ""
+        table.add_row(
+            name, f"{row['value']:.3g} {row['unit']}", f"{row['baseline']:.3g}", f"{row['ratio']:.3g}", before
+        )
+    Console().print(table)
     print("written to runs/bench.json")
+    if "keep" in arguments:
+        BASELINE.write_text(json.dumps(kept | {name: round(row["ratio"], 4) for name, row in report.items()}, indent=1))
 
 
 if __name__ == "__main__":
-    main([int(size) for size in sys.argv[1:]] or [7_500, 1_000_000, 10_000_000])
+    main(sys.argv[1:])

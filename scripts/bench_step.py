@@ -1,7 +1,8 @@
 """Full training steps beside TRL's, on the same model, prompts, batch and response length, step by step in turns.
 
 Each contender is a process of its own that makes one step when it is told to, so that all of them meet the same
-weather. Two lengths: about 11 tokens, as the model ends by itself, and 256, with a model that cannot end.
+weather. Two lengths: about 11 tokens, as the model ends by itself, and 256, with a model that cannot end; there the
+reward is a coin that falls by the response's text, since an endless answer is never right.
 
     python scripts/bench_step.py worker NAME LENGTH     one contender: a line on stdin, a step, a JSON line on stdout
 """
@@ -15,13 +16,14 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
-PROMPTS, ROLLOUTS, WARM_UP = 32, 8, 3
-LENGTHS = {"short": (12, 12), "long": (256, 5)}  # response tokens, steps measured
+PROMPTS, ROLLOUTS, WARM_UP = 32, 8, 2
+LENGTHS = {"short": (12, 12), "long": (256, 3)}  # response tokens, steps measured
 CONTENDERS = {
     "trl": None,
     "uniform": ["selection=uniform"],
@@ -31,6 +33,10 @@ CONTENDERS = {
 PHASES = ("select_ms", "generate_s", "score_s", "train_s", "sync_s")
 LR = 1e-5
 DTYPE = "float32"
+
+
+def coin(response: str, answer: object) -> float:
+    return float(zlib.crc32(response.encode()) % 2)
 
 
 # --- the contenders, each in its own process --------------------------------------------------------------
@@ -61,7 +67,9 @@ def worker(name: str, length: str) -> None:
         model = str(endless_model(Path(folder))) if length == "long" else None
         arguments = [f"model.max_response_tokens={LENGTHS[length][0]}", f"train.batch={PROMPTS}",
                      "eval.benchmarks=[]", f"trainer.lr={LR}", f"model.dtype={DTYPE}", f"run.dir={folder}/run",
-                     "train.steps=100000", *([f"model.path={model}"] if model else [])]  # fmt: skip
+                     "train.steps=100000"]  # fmt: skip
+        if length == "long":
+            arguments += [f"model.path={model}", "reward.fn=bench_step:coin"]
         (trl_steps if name == "trl" else own_steps)(name, arguments, stack, tell)
 
 
@@ -96,6 +104,7 @@ def trl_steps(_: str, arguments: list[str], stack: ExitStack, tell) -> None:
     from dpsrl.data.build import load_tokenizer, training_prompts
     from dpsrl.rewards.countdown import score
 
+    coined = "reward.fn=bench_step:coin" in arguments
     torch.set_num_threads(os.cpu_count())
     config = load_config(["+recipe=quickstart", "selection=uniform", *arguments])
     tokenizer = load_tokenizer(config.model.path)
@@ -104,7 +113,10 @@ def trl_steps(_: str, arguments: list[str], stack: ExitStack, tell) -> None:
     num_mixed: list[int] = []
 
     def reward(completions, answer, **columns):
-        rewards = [score(c[0]["content"], a).reward for c, a in zip(completions, answer, strict=True)]
+        rewards = [
+            coin(c[0]["content"], a) if coined else score(c[0]["content"], a).reward
+            for c, a in zip(completions, answer, strict=True)
+        ]
         num_mixed.append(int(sum(0 < sum(g) < ROLLOUTS for g in np.reshape(rewards, (-1, ROLLOUTS)))))
         return rewards
 
@@ -143,7 +155,8 @@ class Contender:
         self.name, self.log = name, log
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"), text=True,
-            env=os.environ | {"OMP_NUM_THREADS": str(os.cpu_count()), "HF_HUB_OFFLINE": "1"},
+            env=os.environ
+            | {"OMP_NUM_THREADS": str(os.cpu_count()), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parent)},
         )  # fmt: skip
         self.answer()
 
@@ -196,9 +209,9 @@ def race(length: str, names: list[str]) -> dict[str, dict]:
     return results
 
 
-def bench_steps(report: dict, length: str, names: tuple[str, ...] = tuple(CONTENDERS)) -> None:
+def race_to_report(report: dict, length: str) -> None:
     """Adds `step/<length>/...` to the report: throughput beside TRL's, and where our step goes."""
-    results = race(length, list(names))
+    results = race(length, [name for name in CONTENDERS if length == "short" or name != "uniform"])
     trl = results.pop("trl")
 
     def put(name: str, value: float, unit: str, baseline: float, higher: bool = True) -> None:

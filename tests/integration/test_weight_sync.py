@@ -91,7 +91,7 @@ def test_new_weights_arrive_and_a_torn_update_replaces_the_engines(tmp_path, mon
         first_rank(trainers, "perturb", 0, 0.3)
         assert weights.send(1)["sync/canary_diff"] < 1e-4  # float32 on both ends
         after = rollouts.logprobs(weights.canary, [0, 1])
-        assert np.abs(after[0] - before[0]).mean() > 0.1  # the canary does see a change of weights
+        assert np.abs(after[0][1] - before[0][1]).mean() > 0.1  # the canary does see a change of weights
         assert rollouts.policy_versions() == [1, 1]
 
         # One bad engine: stale weights, found by the canary alone.
