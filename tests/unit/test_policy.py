@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen3Con
 
 from dpsrl import policy as policy_module
 from dpsrl.algo.losses import Rows, policy_loss, rollout_correction
-from dpsrl.algo.packing import lay_out
+from dpsrl.algo.packing import dummy, lay_out
 from dpsrl.policy import attention_blocks, check_architecture, head_logprobs, load_policy, packed_batch
 from dpsrl.types import TrainGroup, UserError
 
@@ -80,6 +80,14 @@ def test_the_gradient_is_that_of_single_rollouts_however_they_are_packed(folder,
     for name, gradient in expected.items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-6, atol=1e-7)  # advantages travel as float32
         assert gradient.abs().max() > 1e-4
+
+
+def test_a_dummy_runs_and_has_no_gradient(folder):
+    policy = load_policy(folder, torch.float64, torch.float64)
+    logprobs, entropy = policy(packed_batch(dummy(), CPU), with_entropy=True)
+    (logprobs.sum() + entropy.sum()).backward()
+    assert logprobs.numel() == 0
+    assert not any(p.grad.any() for p in policy.parameters() if p.grad is not None)
 
 
 def test_checkpointing_does_not_change_the_gradient(folder):
