@@ -118,7 +118,7 @@ def one_step(tmp_path, *arguments):
     with Cluster(config, tmp_path / "logs") as cluster:
         trainers = TrainerPool(cluster, config, "shared_memory")
         trainers.start()
-        return trainers.train_step(updates), trainers.logprobs(np.arange(20, 60, dtype=np.int32))
+        return trainers.finish(trainers.begin(updates)), trainers.logprobs(np.arange(20, 60, dtype=np.int32))
 
 
 @pytest.fixture(scope="module")
