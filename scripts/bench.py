@@ -135,7 +135,7 @@ def main(arguments: list[str]) -> None:
         table.add_row(
             name, f"{row['value']:.3g} {row['unit']}", f"{row['baseline']:.3g}", f"{row['ratio']:.3g}", before
         )
-    Console().print(table)
+    Console(width=max(120, Console().width)).print(table)  # names are not to be cut where there is no terminal
     print("written to runs/bench.json")
     if "keep" in arguments:
         BASELINE.write_text(json.dumps(kept | {name: round(row["ratio"], 4) for name, row in report.items()}, indent=1))
