@@ -10,8 +10,11 @@ import re
 from typing import Any
 
 MAX_ANSWER_CHARS = 1000  # of one answer, and of a response without a box and without "answer is"
+MAX_RESPONSE_CHARS = 1 << 20  # what stands further from the end of a response is not read
 MAX_TAIL_CHARS = 4096  # how far back "answer is" is looked for
 MAX_BOXES = 16  # how many unclosed boxes are passed over
+MAX_DEPTH = 32  # brackets in brackets: parsing time grows with a power of it
+MAX_COMMAS = 64  # of an answer, where the reference has no more either
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)|\\boxed\s+(?=[^\s{])")
 # Boxes joined by no more than this are one answer: "\boxed{2} and y = \boxed{3}".
@@ -29,9 +32,10 @@ def final_answers(response: str) -> list[str]:
     "answer:"; failing that the whole response if it is short enough to be an answer. A long response that
     does neither, such as one cut off while thinking, has no answer.
     """
+    response = response[-MAX_RESPONSE_CHARS:]
     boxed = _boxed(response)
     if boxed is not None:
-        return [boxed]
+        return [boxed] if len(boxed) <= MAX_ANSWER_CHARS else []
     tail = response[-MAX_TAIL_CHARS:]
     if "\\boxed" in tail:  # cut off inside it
         return []
@@ -140,7 +144,7 @@ _CLOCK = re.compile(r"\d[^a-z]*(?:text\s*\{)?\s*[ap]\.?\s*m\b")
 
 def tidy(text: str) -> str:
     """The same answer without what only typesets it: delimiters, spacing, sizes, degrees, synonyms."""
-    text = text.translate(_CHARACTERS)
+    text = re.sub(r"\s+", " ", text.translate(_CHARACTERS))  # the patterns take long over long blanks
     for pattern, replacement in _TIDY:
         text = pattern.sub(replacement, text)
     return text.strip()
@@ -150,6 +154,20 @@ def without_unit(text: str) -> str:
     r"""A tidy answer without the \text{...} that closes it, where a value with a digit stands before it."""
     bare = _UNIT.sub("", text).rstrip(" .,")
     return bare if re.search(r"\d", bare) else text
+
+
+def without_percent(text: str) -> str:
+    r"""A tidy answer without the one percent sign that closes it; an answer with more of them stays as it is."""
+    return re.sub(r"\s*\\?%$", "", text) if text.count("%") == 1 else text
+
+
+def depth(text: str) -> int:
+    """How deep brackets and braces of any kind stand in one another; closed or not."""
+    deepest = level = 0
+    for character in text:
+        level += (character in "([{") - (character in ")]}")
+        deepest = max(deepest, level)
+    return deepest
 
 
 def canonical(text: str) -> str:

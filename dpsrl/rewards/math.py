@@ -2,7 +2,17 @@ r"""The math reward: is the final answer of a response equal in value to a refer
 
 Equal spellings are right without sympy; the rest goes through math-verify, items of lists and tuples one by
 one. Owns no deadline: sympy can take hours and gigabytes over one expression, so call `score` in a process
-that can be killed (`dpsrl.rewards.Scorer`). Importing this imports sympy; `dpsrl.rewards.answers` does not.
+that can be killed (`dpsrl.rewards.Scorer`). Where memory, the stack or the range of numbers runs out inside
+math-verify, the error comes out of `score`: such a response is missing, not wrong.
+
+Bounds, beyond which a response is wrong: its box or "answer is" stands in the last MAX_RESPONSE_CHARS (2**20)
+or MAX_TAIL_CHARS (4096) characters, its answer has at most MAX_ANSWER_CHARS (1000), boxes joined as one answer
+included; and unless it is the reference answer's very spelling, its brackets nest at most MAX_DEPTH (32) deep
+and it has at most MAX_COMMAS (64) commas, where the reference has no more.
+
+Nothing is evaluated as Python: only what math-verify's LaTeX grammar accepts becomes a sympy object, through
+constructors. Its plain-text extraction, which calls parse_expr, is off. Importing this imports sympy;
+`dpsrl.rewards.answers` does not.
 """
 
 from __future__ import annotations
@@ -13,22 +23,26 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from math_verify import LatexExtractionConfig, parse, verify
 from sympy import Expr
 
 from dpsrl.rewards.answers import (
     MAX_ANSWER_CHARS,
+    MAX_COMMAS,
+    MAX_DEPTH,
     accepted_answers,
     brackets,
     canonical,
+    depth,
     final_answers,
     is_scorable,
     is_text,
     split_list,
     text_key,
     tidy,
+    without_percent,
     without_unit,
 )
+from dpsrl.rewards.strict import LatexExtractionConfig, parse, verify
 from dpsrl.types import Score
 
 __all__ = ["is_scorable", "score"]
@@ -64,6 +78,8 @@ def _matches(gold: str, candidate: str) -> bool:
         return False
     if canonical(gold) == canonical(candidate):
         return True
+    if depth(candidate) > MAX_DEPTH or candidate.count(",") > MAX_COMMAS >= gold.count(","):
+        return False
     if is_text(gold):
         return _same_text(text_key(gold), text_key(candidate))
     readings = [gold]
@@ -119,7 +135,7 @@ def _same_value(gold: str, candidate: str) -> bool:
         return canonical(candidate) in (canonical(gold), based.group(1))
     if given_base and given_base.group(2) != "10":
         return False
-    plain_gold, plain = re.sub(r"\s*\\?%", "", gold), re.sub(r"\s*\\?%", "", candidate)
+    plain_gold, plain = without_percent(gold), without_percent(candidate)
     if _equal(plain_gold, plain):
         return True
     if ("%" in gold) != ("%" in candidate):
@@ -135,8 +151,8 @@ def _equal(gold: str, candidate: str) -> bool:
     left, right = _rational(gold), _rational(candidate)
     if left is not None and right is not None and (left == right or ("." in gold) == ("." in candidate)):
         return left == right
-    gold_parsed, parsed = _parse(gold), _parse(candidate)
-    # Without its timeouts: those are signals, which work in a main thread only.
+    gold_parsed, parsed = _parse_gold(gold), _parse(candidate)
+    # Without its timeouts: those are signals, which work in a main thread only, and make a hang a wrong answer.
     equal = verify(gold_parsed, parsed, timeout_seconds=None, allow_set_relation_comp=True)
     return equal and not _unequal_small_numbers(gold_parsed[0], parsed[0])
 
@@ -164,7 +180,11 @@ def _rational(text: str) -> Fraction | None:
     return -value if value is not None and sign == "-" else value
 
 
-@lru_cache(maxsize=256)
 def _parse(text: str) -> list[Any]:
-    """What math-verify reads in one answer: sympy objects and text, [] for nothing. Cached for references."""
+    """What math-verify reads in one answer: sympy objects and text, [] for nothing."""
     return parse(rf"\boxed{{{text}}}", extraction_config=_LATEX, parsing_timeout=None)
+
+
+@lru_cache(maxsize=256)  # references alone: what a response holds may be huge, and does not come again
+def _parse_gold(text: str) -> list[Any]:
+    return _parse(text)

@@ -2,13 +2,20 @@
 
 Owns the worker processes and the deadline of each item. Knows nothing of what a reward means. A response
 whose reward could not be had is None, missing: never 0, which would say that the answer is wrong.
+
+An item's deadline runs while a process has it in hand, from the message before. A process that died or was
+stopped may have been the item's doing or not: the item is tried once more, on another process, within what is
+left of its deadline. A chunk that a process does not acknowledge within TAKE_S has not begun, and goes to
+another process too. So an item costs at most its deadline and TAKE_S, beside the start of processes.
 """
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import multiprocessing as mp
 import os
+import select
 import signal
 import socket
 import struct
@@ -23,12 +30,16 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from dpsrl.rewards.worker import BUILT_IN, CRASH, FAILED, INVALID, READY, SCORED, load_function
+from dpsrl.rewards.worker import BUILT_IN, CRASH, EXHAUSTED, FAILED, INVALID, READY, SCORED, TAKEN, load_function
 from dpsrl.types import Score, UserError
 
 START_DEADLINE_S = 120.0  # imports on a cold, crowded machine
 MAX_START_FAILURES = 3  # in a row, of all workers together
 MAX_CHUNK = 64  # items in one message: cheap rewards would else spend their time on messages
+MAX_CHUNK_CHARS = 1 << 18  # of responses in one message, a longer one alone
+TAKE_S = 2.0  # to acknowledge a chunk, and to take any part of it from the pipe
+WATCH_S = 0.25  # how often a silent process is looked at: one that was stopped never answers
+KILL_S = 10.0  # for the kernel to end a killed process
 TIMEOUT = "timeout"
 
 logger = logging.getLogger(__name__)
@@ -39,8 +50,10 @@ class Scorer:
 
     fn: "math", "countdown", or "my_module:function" of (response, answer) that returns a Score, a bool or a
     number (correct from 1.0 on); deadline_s: wall clock for one response. `missing` counts the responses that
-    got no score, by reason: "timeout", "crash" (the function raised or its process died), "invalid" (it
-    returned no finite number). May be used from several threads, one at a time.
+    got no score, by reason: "timeout" (over the deadline), "crash" (the function raised, ran out of memory, or
+    its process died twice), "invalid" (it returned no finite number). `num_replaced` counts processes that were
+    ended or found dead, `slowest_s` is the longest that processes had one item in hand. May be used from
+    several threads, one at a time.
     """
 
     def __init__(self, fn: str, num_workers: int = 1, deadline_s: float = 5.0) -> None:
@@ -51,6 +64,8 @@ class Scorer:
         check_function(fn)
         self.fn, self.deadline_s = fn, deadline_s
         self.missing = {TIMEOUT: 0, CRASH: 0, INVALID: 0}
+        self.num_replaced = 0
+        self.slowest_s = 0.0
         self._num_start_failures = 0
         self._lock = threading.Lock()
         self._workers = [_Worker(fn, deadline_s) for _ in range(num_workers)]
@@ -68,100 +83,161 @@ class Scorer:
                 worker.kill()
             self._workers = []
 
+    def pids(self) -> list[int]:
+        """Process ids of the workers, those still starting included; [] after close."""
+        return [worker.process.pid for worker in list(self._workers)]
+
     def score(self, items: Sequence[tuple[str, Any]]) -> list[Score | None]:
         """One Score or None for each (response, answer), in order; None: missing. UserError after close."""
         with self._lock:
             if not self._workers:
                 raise UserError("this Scorer is closed; make a new one.")
-            results: list[Score | None] = [None] * len(items)
-            todo = deque(range(len(items)))
+            batch = _Batch(items)
             try:
-                while todo or any(worker.pending for worker in self._workers):
-                    self._hand_out(items, todo)
-                    self._collect(results, todo)
+                while batch.todo or any(worker.pending for worker in self._workers):
+                    self._hand_out(batch)
+                    self._collect(batch)
             finally:  # after an interrupt, late replies must not be taken for those of the next call
                 for worker in self._workers:
                     if worker.pending:
                         self._replace(worker)
-            return results
+            return batch.results
 
-    def _hand_out(self, items: Sequence[tuple[str, Any]], todo: deque[int]) -> None:
+    def _hand_out(self, batch: _Batch) -> None:
         """Give each idle worker a chunk: large while much is left, down to one item at the end."""
         for worker in list(self._workers):
-            if not todo or not worker.ready or worker.pending:
+            if not batch.todo or not worker.ready or worker.pending:
                 continue
-            if worker.connection.poll():  # nothing is due: it died while idle, and no item is to blame
+            if worker.has_message() or worker.is_stopped():  # it died, or was stopped, while idle
                 self._replace(worker)
                 continue
-            size = max(1, min(MAX_CHUNK, len(todo) // (2 * len(self._workers))))
-            worker.pending = deque(todo.popleft() for _ in range(min(size, len(todo))))
-            worker.clock = time.monotonic()
+            worker.pending = batch.chunk(min(MAX_CHUNK, len(batch.todo) // (2 * len(self._workers))))
+            worker.taken, worker.clock = False, time.monotonic()
             try:
-                worker.connection.send([items[index] for index in worker.pending])
-            except BlockingIOError:
-                self._lose(worker, TIMEOUT, "the process did not take the message", todo)
+                worker.connection.send([batch.items[index] for index in worker.pending])
             except OSError as error:
-                self._lose(worker, CRASH, f"the process could not be reached ({error})", todo)
+                self._lose(worker, CRASH, f"its process did not take it ({error})", batch)
 
-    def _collect(self, results: list[Score | None], todo: deque[int]) -> None:
+    def _collect(self, batch: _Batch) -> None:
         """Wait for the next replies or the next deadline, and deal with both. Replies come first."""
         active = [worker for worker in self._workers if worker.pending or not worker.ready]
-        first = min((worker.clock + self._limit_s(worker) for worker in active), default=0.0)
-        wait([worker.connection for worker in active], max(0.0, first - time.monotonic()))
+        first = min((worker.clock + self._limit_s(worker, batch) for worker in active), default=0.0)
+        wait([worker.connection for worker in active], max(0.0, min(WATCH_S, first - time.monotonic())))
         for worker in active:
             try:
-                while worker.connection.poll():
-                    self._take(worker, worker.connection.recv(), results)
+                while worker.has_message():
+                    self._take(worker, worker.connection.recv(), batch)
             except (EOFError, OSError):
-                self._lose(worker, CRASH, f"its process ended (exit code {worker.kill()})", todo)
+                code = worker.kill()
+                reason = TIMEOUT if code == -signal.SIGXCPU else CRASH
+                self._lose(worker, reason, f"its process ended (exit code {code})", batch, again=reason == CRASH)
                 continue
-            busy = worker.pending or not worker.ready
-            if busy and time.monotonic() > worker.clock + self._limit_s(worker):
-                self._lose(worker, TIMEOUT, f"it took over {self._limit_s(worker):g} s", todo)
+            if worker.ready and not worker.pending:
+                continue
+            limit_s, waited_s = self._limit_s(worker, batch), time.monotonic() - worker.clock
+            if waited_s > limit_s:
+                self._lose(worker, TIMEOUT, f"it took over {limit_s:g} s", batch, again=not worker.taken)
+            elif waited_s > WATCH_S and worker.is_stopped():
+                self._lose(worker, TIMEOUT, "its process was stopped", batch)
 
-    def _limit_s(self, worker: _Worker) -> float:
-        return self.deadline_s if worker.ready else START_DEADLINE_S
+    def _limit_s(self, worker: _Worker, batch: _Batch) -> float:
+        if not worker.ready:
+            return START_DEADLINE_S
+        left_s = batch.left_s.get(worker.pending[0])
+        if worker.taken:
+            return self.deadline_s if left_s is None else left_s
+        return TAKE_S if left_s is None else min(TAKE_S, left_s)
 
-    def _take(self, worker: _Worker, message: tuple[Any, ...], results: list[Score | None]) -> None:
-        """One message: the worker has started, or its current item is done and the next one's clock runs."""
+    def _take(self, worker: _Worker, message: tuple[Any, ...], batch: _Batch) -> None:
+        """One message: the worker has started, has a chunk in hand, or its current item is done."""
         kind, *content = message
-        worker.clock = time.monotonic()
+        now = time.monotonic()
+        waited_s, worker.clock = now - worker.clock, now
         if kind == FAILED:
             raise UserError(content[0])
         if kind == READY:
             worker.ready, self._num_start_failures = True, 0
             return
-        index = worker.pending.popleft()
+        index = worker.pending[0]
+        if kind == TAKEN:
+            worker.taken = True
+            if index in batch.left_s:
+                batch.left_s[index] -= waited_s
+            return
+        worker.pending.popleft()
+        if waited_s > self.slowest_s or batch.left_s:
+            self._count_time(index, waited_s, batch)
         if kind == SCORED:
-            results[index] = Score(*content)
+            batch.results[index] = Score(*content)
+        elif kind == EXHAUSTED:
+            self._count_missing(CRASH, content[0])
+            batch.give_back(worker.pending)
+            raise EOFError  # its process ends itself now
         else:
             self._count_missing(kind, content[0])
 
-    def _lose(self, worker: _Worker, reason: str, why: str, todo: deque[int]) -> None:
-        """Replace a worker that overran or died. Its current item is missing; those not begun go back."""
-        if worker.ready:
-            if worker.pending:
-                worker.pending.popleft()
-                self._count_missing(reason, why)
-            todo.extendleft(reversed(worker.pending))
-            worker.pending.clear()
-        else:
+    def _lose(self, worker: _Worker, reason: str, why: str, batch: _Batch, again: bool = True) -> None:
+        """Replace a worker that overran, died or was stopped. Its current item is missing, unless it may be
+        tried again; the other items have not begun and go back."""
+        if not worker.ready:
             self._num_start_failures += 1
             if self._num_start_failures >= MAX_START_FAILURES:
                 raise UserError(
                     f"no scoring process for reward.fn={self.fn} could start ({why}, "
                     f"{self._num_start_failures} times in a row); see what they wrote above, check memory."
                 )
+        elif worker.pending:
+            index, spent_s = worker.pending[0], time.monotonic() - worker.clock
+            left_s = self.deadline_s - (spent_s if worker.taken else 0.0)
+            if again and left_s > 0 and index not in batch.left_s:
+                batch.left_s[index] = left_s
+            else:
+                worker.pending.popleft()
+                self._count_time(index, spent_s, batch)
+                self._count_missing(reason, why)
+            batch.give_back(worker.pending)
         self._replace(worker)
 
     def _replace(self, worker: _Worker) -> None:
         worker.kill()
+        self.num_replaced += 1
         self._workers[self._workers.index(worker)] = _Worker(self.fn, self.deadline_s)
+
+    def _count_time(self, index: int, seconds: float, batch: _Batch) -> None:
+        before = self.deadline_s - batch.left_s[index] if index in batch.left_s else 0.0
+        self.slowest_s = max(self.slowest_s, before + seconds)
 
     def _count_missing(self, reason: str, why: str) -> None:
         if not self.missing[reason]:
             logger.warning("reward %s is missing for a response: %s. Counted from here on.", self.fn, why)
         self.missing[reason] += 1
+
+
+class _Batch:
+    """The items of one call, by index: what is to do, what came of it.
+
+    `left_s`: seconds left of the deadline of those whose process was lost once; not a second time.
+    """
+
+    def __init__(self, items: Sequence[tuple[str, Any]]) -> None:
+        self.items = items
+        self.results: list[Score | None] = [None] * len(items)
+        self.todo = deque(range(len(items)))
+        self.left_s: dict[int, float] = {}
+
+    def chunk(self, size: int) -> deque[int]:
+        """The next items, `size` at most and one at least."""
+        taken, num_chars = deque([self.todo.popleft()]), 0
+        while self.todo and len(taken) < size:
+            num_chars += len(self.items[taken[-1]][0])
+            if num_chars + len(self.items[self.todo[0]][0]) > MAX_CHUNK_CHARS:
+                break
+            taken.append(self.todo.popleft())
+        return taken
+
+    def give_back(self, pending: deque[int]) -> None:
+        self.todo.extendleft(reversed(pending))
+        pending.clear()
 
 
 def check_function(fn: str) -> None:
@@ -175,33 +251,55 @@ def check_function(fn: str) -> None:
 class _Worker:
     """A process with the parent's ends of its two pipes.
 
-    `pending`: indices it was given and has not answered, the current one first; `clock`: when that one, or
-    the process itself, was begun (monotonic seconds).
+    `pending`: indices it was given and has not answered, the current one first; `taken`: whether it has said
+    that it has them; `clock`: when the process, the chunk or the current item was begun (monotonic seconds).
     """
 
     def __init__(self, fn: str, deadline_s: float) -> None:
-        self.ready = False
+        self.ready = self.taken = False
         self.pending: deque[int] = deque()
         self.clock = time.monotonic()
         self.connection, remote = mp.Pipe()
-        _limit_blocking(self.connection, deadline_s)
-        with remote:
+        _limit_blocking(self.connection, TAKE_S)
+        self._poll = select.poll()
+        self._poll.register(self.connection, select.POLLIN)
+        lifeline, kept = os.pipe()
+        self._kept = os.fdopen(kept, "wb")  # never written to; it closes when this process dies
+        with remote, os.fdopen(lifeline, "rb"):
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-c", "from dpsrl.rewards.worker import main; main()", fn,
-                 str(remote.fileno())],
-                stdin=subprocess.PIPE,  # never written to; it closes when this process dies
+                 str(remote.fileno()), str(deadline_s)],
+                stdin=lifeline,
                 pass_fds=[remote.fileno()],
                 env=_worker_env(),
                 start_new_session=True,  # out of reach of Ctrl-C, and killed with all it started
             )  # fmt: skip
+            _kill_when_closed(lifeline, self.process.pid)
 
-    def kill(self) -> int:
+    def has_message(self) -> bool:
+        """Whether its pipe has something, an end included; Connection.poll takes ten times as long to say so."""
+        return bool(self._poll.poll(0))
+
+    def is_stopped(self) -> bool:
+        """Whether someone has stopped it (SIGSTOP): the kernel says so at once, no pipe ever does."""
+        try:
+            with open(f"/proc/{self.process.pid}/stat", "rb") as file:
+                state = file.read().rpartition(b")")[2].split()[0]
+        except OSError:  # gone, and its pipe says that
+            return False
+        return state == b"T"
+
+    def kill(self) -> int | None:
         """End the process and all it started; its exit code. May be called twice."""
         if self.process.returncode is None:  # not yet waited for, so its id is still its own
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.stdin.close()
+        self._kept.close()
         self.connection.close()
-        return self.process.wait()
+        try:
+            return self.process.wait(KILL_S)
+        except subprocess.TimeoutExpired:  # in the kernel's hands, such as on a dead network disk
+            logger.warning("scoring process %d was killed %g s ago and is still there.", self.process.pid, KILL_S)
+            return None
 
 
 def _worker_env() -> dict[str, str]:
@@ -212,9 +310,21 @@ def _worker_env() -> dict[str, str]:
     return {**os.environ, **threads, "PYTHONPATH": os.pathsep.join(path)}
 
 
+def _kill_when_closed(lifeline: int, group: int) -> None:
+    """The kernel kills that process group once the other end of the pipe is gone, whatever the processes are
+    stuck in, also while they are stopped or still starting.
+
+    Not PR_SET_PDEATHSIG, which fires when the thread that started the process ends, and not a thread there,
+    which waits for the interpreter's lock while one multiplication of huge integers holds it.
+    """
+    fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, -group)
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+
+
 def _limit_blocking(connection: Connection, seconds: float) -> None:
-    """A send that a stopped worker does not take fails after that long, instead of blocking for ever."""
-    microseconds = max(1, round(seconds * 1e6))
-    timeval = struct.pack("ll", microseconds // 1_000_000, microseconds % 1_000_000)
+    """A send that a stopped worker does not take, or half a message from it, fails after that long."""
+    timeval = struct.pack("ll", int(seconds), round(seconds % 1 * 1e6))
     with socket.socket(fileno=os.dup(connection.fileno())) as end:
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
