@@ -31,8 +31,18 @@ def training_prompts(config: Config, tokenizer: Any) -> PromptSet:
     data = config.data
     if data.train == "countdown":
         return _countdown(config, tokenizer, data.countdown.numbers, data.countdown.num_train, "train")
-    rows, report = load_rows(data.train, prompt_key=data.prompt_key, answer_key=data.answer_key, split=data.split)
-    return PromptSet(rows, report, tokenizer, data.instruction, config.model.max_prompt_tokens, _is_scorable(config))
+    return _prompts_of(data.train, data.split, config, tokenizer)
+
+
+def _prompts_of(source: str, split: str, config: Config, tokenizer: Any) -> PromptSet:
+    data = config.data
+    rows, report = load_rows(
+        source, prompt_key=data.prompt_key, answer_key=data.answer_key, split=split, max_bad_share=data.max_bad_share
+    )
+    return PromptSet(
+        rows, report, tokenizer, data.instruction, config.model.max_prompt_tokens, _is_scorable(config),
+        max_bad_share=data.max_bad_share,
+    )  # fmt: skip
 
 
 def _is_scorable(config: Config) -> Callable[[Any], bool] | None:
@@ -51,9 +61,7 @@ def benchmark_prompts(name: str, config: Config, tokenizer: Any) -> PromptSet:
     if name.startswith("countdown"):
         numbers = data.countdown.numbers if name == "countdown" else [_count_of(name)]
         return _countdown(config, tokenizer, numbers, data.countdown.num_test, "test")
-    source = find_benchmark(name, data.eval_dir)
-    rows, report = load_rows(source, prompt_key=data.prompt_key, answer_key=data.answer_key, split="test")
-    return PromptSet(rows, report, tokenizer, data.instruction, config.model.max_prompt_tokens, _is_scorable(config))
+    return _prompts_of(find_benchmark(name, data.eval_dir), "test", config, tokenizer)
 
 
 def _count_of(name: str) -> int:

@@ -1,13 +1,13 @@
 """Rows of a data set from a local file or the Hugging Face hub, and a report of what was wrong with others.
 
-One strict reader of our own for JSON lines: a row that is not usable is dropped with its number and the
-reason, and never shifts or retypes its neighbours. Knows nothing of tokens.
+A row that is not usable is dropped with its number and the reason, and never shifts or retypes its neighbours; too many
+of them, and the data set is refused. Knows nothing of tokens.
 """
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import re
 import socket
 import urllib.parse
@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dpsrl.data.files import MAX_ROW_BYTES, TOO_LARGE, first_line, likely_kind
+from dpsrl.data.json_files import json_lines, json_list
 from dpsrl.types import UserError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
@@ -24,6 +26,9 @@ SHOWN_ROWS = 5
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(?::[\w.-]+)?")  # owner/name or owner/name:configuration
 FILE_SUFFIX = re.compile(r"\.(?:csv|tsv|txt|xlsx?|ya?ml|pkl|gz|bz2|xz|zip|zst|jsonl?|parquet)$", re.I)
 HUB_ANSWERS_WITHIN_S = 3.0
+SHOWN_COLUMNS = 20
+MAX_LEVELS = 32  # of lists and mappings inside an answer
+NO_ANSWER_TYPE = "with an answer that is neither text nor a number"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +46,14 @@ class LoadReport:
 
     name: str
     num_rows: int = 0
+    num_faults: int = 0  # rows dropped for what they are, not for a setting of the run
     num_dropped: dict[str, int] = field(default_factory=dict)
     dropped: dict[str, list[int]] = field(default_factory=dict)  # the first row numbers of each reason
     remarks: list[str] = field(default_factory=list)
 
-    def drop(self, reason: str, number: int) -> None:
+    def drop(self, reason: str, number: int, *, is_fault: bool = True) -> None:
+        """`is_fault`: the row is unusable by itself, whatever the settings."""
+        self.num_faults += is_fault
         self.num_dropped[reason] = self.num_dropped.get(reason, 0) + 1
         numbers = self.dropped.setdefault(reason, [])
         if len(numbers) <= SHOWN_ROWS:
@@ -55,14 +63,24 @@ class LoadReport:
     def num_kept(self) -> int:
         return self.num_rows - sum(self.num_dropped.values())
 
+    def refuse_above(self, max_bad_share: float) -> None:
+        """UserError where more of the rows than that are unusable by a fault of theirs."""
+        if self.num_rows and self.num_faults / self.num_rows > max_bad_share:
+            raise UserError(
+                f"{self._read()}: {self.num_faults:,} cannot be used, a larger share than data.max_bad_share="
+                f"{max_bad_share:g}: mend the data or raise data.max_bad_share"
+            )
+
+    def _read(self) -> str:
+        faults = [f"{self.num_dropped[reason]:,} {reason} ({_rows(n)})" for reason, n in self.dropped.items()]
+        return ", ".join([f"{self.name}: {_count(self.num_rows, 'row')}", *faults])
+
     def sentences(self) -> list[str]:
         """`math.jsonl: 74 rows, 2 without an answer (rows 8, 10); 72 prompts kept`, then the remarks."""
-        faults = [f"{self.num_dropped[reason]:,} {reason} ({_rows(n)})" for reason, n in self.dropped.items()]
-        read = f"{self.name}: {_count(self.num_rows, 'row')}"
         remarks = self.remarks[:SHOWN_ROWS]
         if len(self.remarks) > SHOWN_ROWS:
             remarks.append(f"{self.name}: {len(self.remarks) - SHOWN_ROWS:,} more remarks like these")
-        return [f"{', '.join([read, *faults])}; {_count(self.num_kept, 'prompt')} kept", *remarks]
+        return [f"{self._read()}; {_count(self.num_kept, 'prompt')} kept", *remarks]
 
 
 def _count(number: int, noun: str) -> str:
@@ -75,46 +93,61 @@ def _rows(numbers: list[int]) -> str:
 
 
 def load_rows(
-    source: str, *, prompt_key: str = "problem", answer_key: str = "answer", split: str = "train"
+    source: str,
+    *,
+    prompt_key: str = "problem",
+    answer_key: str = "answer",
+    split: str = "train",
+    max_bad_share: float = 1.0,
 ) -> tuple[Sequence[Row], LoadReport]:
     """Usable rows of a .jsonl, .json, .parquet or .arrow file, or of a Hugging Face data set.
 
     Those of Parquet and Arrow files stay on disk.
 
     The latter is `owner/name` or `owner/name:configuration`, and `split` is its split. UserError where the
-    source is missing, empty, of another kind, or has no usable row.
+    source is missing, empty, of another kind, changes while it is read, has no usable row or a larger share of unusable
+    ones than `max_bad_share`.
     """
     path = Path(source)
-    report = LoadReport(path.name if path.suffix in SUFFIXES else source)
-    if path.suffix in (".parquet", ".arrow") and path.is_file():
+    if path.suffix in (".parquet", ".arrow") and os.path.isfile(path):
         from dpsrl.data.arrow import ArrowRows
 
-        rows = ArrowRows(path, prompt_key, answer_key, report)
-        columns = rows.columns
+        rows = ArrowRows(path, prompt_key, answer_key)
+        columns, report = rows.columns, rows.report
     else:
+        report = LoadReport(path.name if path.suffix in SUFFIXES else source)
         rows, columns = _rows_in_memory(source, split, prompt_key, answer_key, report)
-    if report.num_rows == 0:
-        raise UserError(f"{source} is empty: give a data set with at least one row")
     for name, column in (("data.prompt_key", prompt_key), ("data.answer_key", answer_key)):
         if columns and column not in columns:
-            has = ", ".join(sorted(columns))
-            raise UserError(f"{name}={column} is not a column of {source}, which has {has}: set {name}")
+            raise UserError(
+                f"{name}={column} is not a column of {source}, which has {_column_names(columns)}: set {name}"
+            )
+    if report.num_rows == 0:
+        raise UserError(f"{source} is empty: give a data set with at least one row")
     if not rows:
-        raise UserError(f"{source} has no usable row: {report.sentences()[0]}")
+        raise UserError(f"{source} has no usable row: {report.sentences()[0]}{likely_kind(path)}")
+    report.refuse_above(max_bad_share)
     return rows, report
+
+
+def _column_names(columns: set[str]) -> str:
+    shown = [name if name.isprintable() else ascii(name) for name in sorted(columns)[:SHOWN_COLUMNS]]
+    return ", ".join(name[:60] for name in shown) + ", ..." * (len(columns) > SHOWN_COLUMNS)
 
 
 def _rows_in_memory(
     source: str, split: str, prompt_key: str, answer_key: str, report: LoadReport
 ) -> tuple[list[Row], set[str]]:
-    """(usable rows, names of all columns)."""
+    """(usable rows, names of columns: the two, where they occur, and some of the others)."""
     rows, columns = [], set()
     for number, item in _items(source, split):
         report.num_rows += 1
         if isinstance(item, str):
             report.drop(item, number)
             continue
-        columns |= item.keys()
+        columns |= {prompt_key, answer_key} & item.keys()
+        if len(columns) <= SHOWN_COLUMNS:
+            columns |= item.keys()
         row = row_of(item.get(prompt_key), item.get(answer_key), number)
         if isinstance(row, str):
             report.drop(row, number)
@@ -128,73 +161,57 @@ def row_of(problem: Any, answer: Any, number: int) -> Row | str:
     if not isinstance(problem, str) or not problem.strip():
         return "without a problem text"
     answers = answer if isinstance(answer, list) else [answer]
-    if any(_has_lone_surrogate(text) for text in [problem, *answers]):
+    texts = [text for text in [problem, *answers] if isinstance(text, str)]
+    if any(_has_lone_surrogate(text) for text in texts):
         return "not Unicode text"
-    if not isinstance(answer, dict):
-        if _is_missing(answer):
-            return "without an answer"
-        if any(isinstance(item, bool) or not isinstance(item, str | int | float | None) for item in answers):
-            return "with an answer that is neither text nor a number"
-        texts = [str(item) for item in answers if not _is_missing(item)]
-        texts = [text for text in texts if text.strip()]
-        if not texts:
-            return "with an empty answer"
-        answer = texts if isinstance(answer, list) else texts[0]
-    return Row(problem, answer, number)
+    if 4 * sum(map(len, texts)) > MAX_ROW_BYTES and sum(len(text.encode()) for text in texts) > MAX_ROW_BYTES:
+        return TOO_LARGE
+    if isinstance(answer, dict):
+        return (
+            Row(problem, answer, number) if _is_plain(answer) else "with an answer that maps to what JSON cannot hold"
+        )
+    if _is_missing(answer):
+        return "without an answer"
+    if any(isinstance(item, bool) or not isinstance(item, str | int | float | None) for item in answers):
+        return NO_ANSWER_TYPE
+    texts = [str(item) for item in answers if not _is_missing(item)]
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        return "with an empty answer"
+    return Row(problem, texts if isinstance(answer, list) else texts[0], number)
+
+
+def _is_plain(value: Any, levels: int = MAX_LEVELS) -> bool:
+    """Whether JSON holds it, without nesting that would exhaust the stack of whoever copies it."""
+    if isinstance(value, dict | list):
+        items = value.values() if isinstance(value, dict) else value
+        return levels > 0 and all(_is_plain(item, levels - 1) for item in items)
+    return value is None or isinstance(value, str | int | float)
 
 
 def _is_missing(value: Any) -> bool:
     return value is None or isinstance(value, float) and not math.isfinite(value)
 
 
-def _has_lone_surrogate(text: Any) -> bool:
+def _has_lone_surrogate(text: str) -> bool:
     """JSON can spell half of a surrogate pair; no tokenizer takes it."""
-    return isinstance(text, str) and re.search("[\ud800-\udfff]", text) is not None
+    return not text.isascii() and re.search("[\ud800-\udfff]", text) is not None
 
 
 def _items(source: str, split: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """(row number from 1, the row's columns or the reason why it could not be read)."""
     path = Path(source)
     if path.suffix not in SUFFIXES:
-        if path.exists() or FILE_SUFFIX.search(source) or not HUB_NAME.fullmatch(source):
+        if os.path.exists(path) or FILE_SUFFIX.search(source) or not HUB_NAME.fullmatch(source):
             kinds = ", ".join(SUFFIXES)
             raise UserError(f"{source} is no data set: give a {kinds} file or a Hugging Face owner/name")
         yield from enumerate(_hub_rows(source, split), 1)
-    elif not path.is_file():
-        raise UserError(f"{source} does not exist: give the path of a data file")
+    elif not os.path.isfile(path):
+        raise UserError(f"{source} does not exist or is no file: give the path of a data file")
     elif path.suffix == ".jsonl":
-        yield from _json_lines(path)
+        yield from json_lines(path)
     else:
-        yield from enumerate(_json_list(path), 1)
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:  # some editors begin a file with a byte-order mark
-                item = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError:
-                yield number, "not UTF-8"
-                continue
-            except (ValueError, RecursionError):  # also a number of thousands of digits
-                yield number, "not JSON"
-                continue
-            yield number, item if isinstance(item, dict) else "not a JSON object"
-
-
-def _json_list(path: Path) -> list[dict[str, Any] | str]:
-    try:
-        items = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        reason = _first_line(error)
-        raise UserError(
-            f"{path} is not JSON ({reason}): mend it, or name it .jsonl if it has one object a line"
-        ) from error
-    if not isinstance(items, list):
-        raise UserError(f"{path} holds no list of objects: give one, or one object a line in a .jsonl file")
-    return [item if isinstance(item, dict) else "not a JSON object" for item in items]
+        yield from enumerate(json_list(path), 1)
 
 
 def _hub_rows(source: str, split: str) -> Iterator[dict[str, Any]]:
@@ -206,14 +223,12 @@ def _hub_rows(source: str, split: str) -> Iterator[dict[str, Any]]:
     if not _hub_answers(datasets.config.HF_ENDPOINT):
         datasets.config.HF_HUB_OFFLINE = True  # straight to its cache, instead of five retries over 23 s
     try:
-        rows = datasets.load_dataset(name, configuration or None, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = _first_line(error)
+        yield from datasets.load_dataset(name, configuration or None, split=split)
+    except (OSError, ValueError, RuntimeError, ImportError, StopIteration, datasets.exceptions.DatasetsError) as error:
         raise UserError(
-            f"{source} (split {split}) could not be read from the Hugging Face hub ({reason}): "
+            f"{source} (split {split}) could not be read from the Hugging Face hub ({first_line(error)}): "
             "check the name, go online, or give a local file"
         ) from error
-    yield from rows
 
 
 def _hub_answers(endpoint: str) -> bool:
@@ -226,11 +241,6 @@ def _hub_answers(endpoint: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def find_benchmark(name: str, eval_dir: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,9 @@ import numpy as np
 from dpsrl.data.datasets import LoadReport, Row
 from dpsrl.types import Prompt, UserError
 
+BATCH_ROWS = 1 << 14
 MAX_COMPARED = 10_000  # duplicates whose answers are looked at
+SHOWN_CHARS = 80  # of an answer in a remark
 BOUNDARY_TOKENS = 16  # what a text can add by keeping apart template letters that otherwise share a token
 
 
@@ -24,8 +27,8 @@ class PromptSet:
     """A sequence of `Prompt`. Rows stay where they are, tokens are not kept; `ids` is uint64 (N,).
 
     Rows with the text of an earlier one, prompts longer than `max_prompt_tokens`, and rows whose answer
-    `is_scorable` refuses are dropped and counted in `report`. UserError when nothing is left. `instruction`
-    is the user message, with {problem} in it.
+    `is_scorable` refuses are dropped and counted in `report`. UserError when nothing is left, or more of the rows are
+    unusable than `max_bad_share`, too long ones aside. `instruction` is the user message, with {problem} in it.
     """
 
     def __init__(
@@ -36,6 +39,8 @@ class PromptSet:
         instruction: str,
         max_prompt_tokens: int,
         is_scorable: Callable[[Any], bool] | None = None,
+        *,
+        max_bad_share: float = 1.0,
     ) -> None:
         self.tokenizer, self.instruction, self.report = tokenizer, instruction, report
         self._num_template_tokens = len(self._tokens(Row("", "", 0)))
@@ -45,10 +50,11 @@ class PromptSet:
         for place in np.flatnonzero(kept_N & ~scorable_N).tolist():
             report.drop("with an answer that no response can match", rows[place].number)
         kept_N &= scorable_N
+        report.refuse_above(max_bad_share)
         may_be_long = np.flatnonzero(kept_N & long_N).tolist()
         too_long = [place for place in may_be_long if len(self._tokens(rows[place])) > max_prompt_tokens]
         for place in too_long:
-            report.drop(f"longer than {max_prompt_tokens:,} tokens", rows[place].number)
+            report.drop(f"longer than {max_prompt_tokens:,} tokens", rows[place].number, is_fault=False)
         kept_N[too_long] = False
         self._places = np.flatnonzero(kept_N)
         if not self._places.size:
@@ -87,14 +93,22 @@ class PromptSet:
             scorable.append(np.fromiter(judged, bool, len(answers)))
         return np.concatenate(ids), np.concatenate(long), np.concatenate(scorable)
 
-    @property
+    @cached_property
     def content_hash(self) -> str:
-        """sha256 of ids and answers, the same in any order of the rows."""
-        order = np.argsort(self.ids)
-        digest = hashlib.sha256(self.ids[order].tobytes())
-        for place in self._places[order].tolist():
-            digest.update(json.dumps(self._rows[place].answer, sort_keys=True).encode() + b"\n")
-        return digest.hexdigest()
+        """sha256 of every prompt's text and answer, the same in any order of the rows.
+
+        Costs a pass over the rows when it is first asked for, about as long as their ids took (1 to 4 s per million),
+        and no memory: the rows' digests are added up. It finds mistakes, not data that was made to collide.
+        """
+        kept_N = np.zeros(len(self._rows), dtype=bool)
+        kept_N[self._places] = True
+        total, start = np.zeros(4, dtype=np.uint64), 0
+        for problems, answers in _batches(self._rows):
+            kept = np.flatnonzero(kept_N[start : start + len(problems)]).tolist()
+            digests = b"".join([_row_digest(problems[place], answers[place]) for place in kept])
+            total += np.frombuffer(digests, dtype="<u8").reshape(-1, 4).sum(axis=0, dtype=np.uint64)
+            start += len(problems)
+        return hashlib.sha256(f"{len(self)} ".encode() + total.astype("<u8").tobytes()).hexdigest()
 
     def _tokens(self, row: Row) -> list[int]:
         """Not str.format: problems and instructions are full of braces."""
@@ -108,11 +122,27 @@ class PromptSet:
         return encoded["input_ids"]
 
 
+def difference(saved_ids: np.ndarray, ids: np.ndarray) -> tuple[int, int]:
+    """(how many of `ids` are new, how many of `saved_ids` are gone): ids of two runs' prompts, in any order."""
+    saved, now = np.unique(saved_ids), np.unique(ids)
+    num_common = np.intersect1d(saved, now, assume_unique=True).size
+    return now.size - num_common, saved.size - num_common
+
+
 def _batches(rows: Sequence[Row]) -> Iterator[tuple[list[str], list[Any]]]:
-    """(problems, answers), of rows in memory all at once."""
+    """(problems, answers), some thousand rows at a time."""
     if hasattr(rows, "batches"):
-        return rows.batches()
-    return iter([([row.problem for row in rows], [row.answer for row in rows])])
+        yield from rows.batches()
+        return
+    for start in range(0, len(rows), BATCH_ROWS):
+        batch = rows[start : start + BATCH_ROWS]
+        yield [row.problem for row in batch], [row.answer for row in batch]
+
+
+def _row_digest(problem: str, answer: Any) -> bytes:
+    """32 bytes of the exact problem and answer."""
+    kind, text = ("text", answer) if isinstance(answer, str) else ("json", json.dumps(answer, sort_keys=True))
+    return hashlib.sha256(f"{len(problem)} {problem}{kind}{text}".encode("utf-8", "surrogatepass")).digest()
 
 
 def prompt_digest(problem: str) -> bytes:
@@ -134,6 +164,11 @@ def _num_bytes(text: str, room: int) -> int:
     return 0 if 4 * len(text) <= room else len(text.encode())
 
 
+def _shown(answer: Any) -> str:
+    text = repr(answer)
+    return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}..."
+
+
 def _distinct(ids_N: np.ndarray, rows: Sequence[Row], report: LoadReport) -> np.ndarray:
     """Whether a row is the first of its text. The same text with another answer is remarked on: one must be wrong."""
     order = np.argsort(ids_N, kind="stable")
@@ -153,6 +188,6 @@ def _distinct(ids_N: np.ndarray, rows: Sequence[Row], report: LoadReport) -> np.
             if count < MAX_COMPARED and (earlier := rows[int(first[i])]).answer != row.answer:
                 report.remarks.append(
                     f"{report.name}: rows {earlier.number} and {row.number} ask the same and answer "
-                    f"{earlier.answer!r} and {row.answer!r}; the first is kept"
+                    f"{_shown(earlier.answer)} and {_shown(row.answer)}; the first is kept"
                 )
     return distinct_N

@@ -55,6 +55,23 @@ def test_data(refuse, tmp_path, rows):
     assert "data.answer_key=solution" in refuse(*MATH, f"data.train={rows}", "data.answer_key=solution")
 
 
+def test_bad_data(refuse, tmp_path, rows):
+    clean = rows.read_text()
+    rows.write_text(clean + "\nnonsense" * 3 + '\n{"problem": "x?"}\n')
+    message = refuse(*MATH, f"data.train={rows}")
+    for words in ("13 rows", "3 not JSON (rows 10, 11, 12)", "1 without an answer (row 13)", "data.max_bad_share=0.3"):
+        assert words in message
+    rows.write_text(clean + ("\n" + clean.splitlines()[0]) * 4)
+    assert "4 duplicate (rows 10, 11, 12, 13)" in refuse(*MATH, f"data.train={rows}")
+    benchmark = ["eval.benchmarks=[rows]", f"data.eval_dir={tmp_path}"]
+    assert "4 duplicate" in refuse(f"model.path={TINY}", *benchmark, entry=evaluate)
+    message = refuse(*MATH, f"data.train={rows}", "data.max_bad_share=1", "train.batch=10", "train.num_updates=1")
+    assert "9 prompts" in message
+    assert "data.max_bad_share=30" in refuse(*MATH, f"data.train={rows}", "data.max_bad_share=30")
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1" + bytes(100))
+    assert "cut.parquet is not a Parquet file" in refuse(*MATH, "data.train=cut.parquet")
+
+
 def test_benchmarks(refuse, rows):
     with_benchmark = [*MATH[:3], f"data.train={rows}", "train.batch=8", f"data.eval_dir={rows.parent}"]
     message = refuse(*with_benchmark, "eval.benchmarks=[aime24]")

@@ -76,6 +76,23 @@ def test_the_sentence_counts_by_reason_and_shows_the_first_rows(tmp_path):
     assert len(report.sentences()) == 1 + 5 + 1 and "1,002 more" in report.sentences()[-1]
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
+def test_too_many_bad_rows_are_refused_in_one_sentence(tmp_path, suffix):
+    items = [*GOOD[:1] * 6, *[{"problem": None, "answer": "1"}] * 3, {"problem": "a?", "answer": None}]
+    path = tmp_path / f"dirt.{suffix}"
+    if suffix == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(items), path)
+    else:
+        path.write_text(json.dumps(items) if suffix == "json" else "\n".join(map(json.dumps, items)))
+    assert len(load_rows(str(path), max_bad_share=0.4)[0]) == 6  # exactly as many as may be
+    with pytest.raises(UserError) as error:
+        load_rows(str(path), max_bad_share=0.39)
+    assert str(error.value) == (
+        f"dirt.{suffix}: 10 rows, 3 without a problem text (rows 7, 8, 9), 1 without an answer (row 10): 4 cannot be "
+        "used, a larger share than data.max_bad_share=0.39: mend the data or raise data.max_bad_share"
+    )
+
+
 def test_answers_keep_their_spelling(tmp_path):
     answers = ["007", "144.0", "9.6\n", 7, 0.1, -2, ["1", 2, None, "x"], {"numbers": [3, 5], "target": 15}]
     items = [{"problem": f"{number}?", "answer": answer} for number, answer in enumerate(answers)]
@@ -136,6 +153,20 @@ def test_hub_rows_go_through_the_same_reader(monkeypatch):
     rows, report = load_rows("owner/name.v1:main", split="test")
     assert rows == ROWS and asked == [("owner/name.v1", "main", "test")]
     assert report.sentences()[0].startswith("owner/name.v1:main: 4 rows, 1 without an answer (row 4)")
+
+
+@pytest.mark.parametrize(
+    "fault", [StopIteration(), RuntimeError("scripts are not supported\nany more"), OSError(5, "Input/output error")]
+)
+def test_whatever_the_hub_library_raises_is_one_sentence(monkeypatch, fault):
+    def load_dataset(name, configuration, split):
+        raise fault
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("dpsrl.data.datasets._hub_answers", lambda endpoint: True)
+    with pytest.raises(UserError, match="owner/name .split train. could not be read") as error:
+        load_rows("owner/name")
+    assert "\n" not in str(error.value)
 
 
 def test_without_a_network_the_hub_is_one_sentence_at_once(monkeypatch):

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from dpsrl.config import PACKAGE_DIR
+from dpsrl.data import prompts as prompts_module
 from dpsrl.data.build import load_tokenizer
 from dpsrl.data.datasets import LoadReport, Row
-from dpsrl.data.prompts import PromptSet, prompt_id
+from dpsrl.data.prompts import PromptSet, difference, prompt_id
 from dpsrl.types import UserError
 
 
@@ -94,3 +95,54 @@ def test_mappings_and_lists_are_answers_too(tokenizer):
     assert [prompt.answer for prompt in prompts] == answers
     reordered = [{"target": 15, "numbers": [3, 5]}, ["4", "four"]]
     assert build(tokenizer, ["a?", "b?"], reordered).content_hash == prompts.content_hash
+
+
+def test_the_content_hash_tells_every_change_and_no_order(tokenizer, monkeypatch):
+    texts = [f"{i}+1?" for i in range(50)]
+    answers = [str(i) if i % 3 else [str(i), "x"] for i in range(50)]
+    content_hash = build(tokenizer, texts, answers).content_hash
+    assert build(tokenizer, texts[::-1], answers[::-1]).content_hash == content_hash
+    monkeypatch.setattr(prompts_module, "BATCH_ROWS", 7)
+    assert build(tokenizer, texts, answers).content_hash == content_hash
+    others = [
+        (texts[:-1], answers[:-1]),
+        ([*texts, "new?"], [*answers, "1"]),
+        (["0 + 1?", *texts[1:]], answers),
+        (["0+1? ", *texts[1:]], answers),  # the same id, and another text
+        (texts, [["0"], *answers[1:]]),
+        (texts, [*answers[:1], '"1"', *answers[2:]]),
+        (texts, [answers[1], answers[0], *answers[2:]]),  # exchanged among themselves
+        (texts, ['["0", "x"]', *answers[1:]]),  # text that reads like the list
+    ]
+    hashes = [build(tokenizer, *other).content_hash for other in others]
+    assert len({content_hash, *hashes}) == 1 + len(others)
+    dropped = build(tokenizer, [*texts, texts[0], "x" * 500], [*answers, answers[0], "1"], limit=200)
+    assert dropped.content_hash == content_hash  # what is dropped is not hashed
+
+
+def test_difference_counts_new_and_gone(tokenizer):
+    saved, now = (build(tokenizer, texts).ids for texts in (["a?", "b?", "c?"], ["d?", "b?", "e?", "a?", "f?"]))
+    assert difference(saved, now) == (3, 1) and difference(now, saved) == (1, 3)
+    assert difference(saved, saved[::-1]) == (0, 0)
+    assert difference(saved[:0], now) == (5, 0) and difference(np.r_[saved, saved], saved[:0]) == (0, 3)
+
+
+def test_duplicates_and_hopeless_answers_count_as_bad_and_long_prompts_do_not(tokenizer):
+    def prompts(max_bad_share, rows=("a?", "a?", "b?", "c?" * 200, "d?" * 200)):
+        made = [Row(text, "$$" if text == "b?" else "1", number) for number, text in enumerate(rows, 1)]
+        report = LoadReport("rows", len(made))
+        return PromptSet(made, report, tokenizer, "{problem}", 100, lambda answer: answer != "$$",
+                         max_bad_share=max_bad_share)  # fmt: skip
+
+    assert len(prompts(0.4)) == 1
+    with pytest.raises(UserError) as error:
+        prompts(0.3)
+    assert str(error.value) == (
+        "rows: 5 rows, 1 duplicate (row 2), 1 with an answer that no response can match (row 3): 2 cannot be used, a "
+        "larger share than data.max_bad_share=0.3: mend the data or raise data.max_bad_share"
+    )
+
+
+def test_a_remark_does_not_show_a_whole_book(tokenizer):
+    prompts = build(tokenizer, ["a?", "a?"], ["1" * 100_000, "\n" * 100_000])
+    assert max(map(len, prompts.report.sentences())) < 400
