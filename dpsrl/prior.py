@@ -14,6 +14,7 @@ import numpy as np
 
 from dpsrl.checkpoint import read_state
 from dpsrl.config import Config
+from dpsrl.run_folder import RunFolder
 from dpsrl.types import UserError
 
 
@@ -117,8 +118,8 @@ def parse_line(path: Path, number: int, line: str) -> tuple[str, int, int]:
 
 def read_controller_state(folder: Path) -> dict[str, Any]:
     """The controller's state in a checkpoint, or in the latest checkpoint of a run folder."""
-    checkpoints = sorted(folder.glob("checkpoints/step_*/manifest.json"), key=lambda p: int(p.parent.name[5:]))
-    folder = checkpoints[-1].parent if checkpoints else folder
+    checkpoints = RunFolder(folder).list_checkpoints()
+    folder = checkpoints[-1] if checkpoints else folder
     if not (folder / "controller" / "plain.json").is_file():
         raise UserError(
             f"selection.warm_start={folder} holds no controller's state: "

@@ -6,6 +6,7 @@ import pytest
 from dpsrl.checkpoint import write_state
 from dpsrl.controller import Controller
 from dpsrl.prior import read_controller_state, read_pass_rates
+from dpsrl.run_folder import RunFolder
 from dpsrl.types import UserError
 
 IDS = np.array([0xA, 0xB, 0xC], dtype=np.uint64)
@@ -61,11 +62,11 @@ def test_nothing_known_is_refused(tmp_path):
 def test_a_controllers_state_comes_from_a_checkpoint_or_the_latest_of_a_run(tmp_path):
     controller = Controller(IDS, 2, {"method": "dps"}, 8, seed=0)
     for step in (2, 10):
-        folder = tmp_path / f"checkpoints/step_{step}"
-        folder.mkdir(parents=True)
         controller.selector.observe(np.array([0]), np.array([step // 3]), np.array([8]))
-        write_state(folder / "controller", controller.state_dict())
-        (folder / "manifest.json").write_text("{}")
+        parts = {"controller": lambda folder: write_state(folder, controller.state_dict())}
+        RunFolder(tmp_path).save_checkpoint(step, parts, {}, keep=2)
+    (tmp_path / "checkpoints/step_12.tmp").mkdir()  # a run was killed while it saved
+    (tmp_path / "checkpoints/step_12.tmp/manifest.json").touch()
     state = read_controller_state(tmp_path)
     assert int(state["selector.clock"]) == 2
     assert int(read_controller_state(tmp_path / "checkpoints/step_2")["selector.clock"]) == 1
