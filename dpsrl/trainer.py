@@ -13,6 +13,7 @@ import os
 import socket
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,8 @@ from dpsrl.algo.losses import Rows, kl, log_ratio, mismatch_metrics, policy_loss
 from dpsrl.algo.packing import MicroBatch, lay_out
 from dpsrl.config import Config, TrainerConfig
 from dpsrl.policy import Policy, has_flash_attention, load_policy, packed_batch
-from dpsrl.types import TrainGroup, WeightMeta
+from dpsrl.trainer_state import load_state, num_broken, save_state
+from dpsrl.types import Sent, StateLost, TrainGroup, WeightMeta
 
 
 class TrainerWorker:
@@ -39,6 +41,7 @@ class TrainerWorker:
         self.sender = None
         self.reference: Any = None
         self._sums: dict[str, float] = {}  # of the step under way: weighted sums over this rank's tokens
+        self._num_skipped = 0  # updates of the step under way
         self._busy_s = 0.0
 
     def free_port(self) -> int:
@@ -113,7 +116,11 @@ class TrainerWorker:
                 self._backward(micro, None if old_logprobs is None else old_logprobs[place])
 
     def update(self, total_weight: float, trained_weight: float) -> None:
-        """Divides the accumulated gradients by the update's total weight, over all ranks, clips and steps."""
+        """Divides the accumulated gradients by the update's total weight, over all ranks, clips and steps.
+
+        If a loss or a gradient of any rank is not finite, all ranks skip the update: weights, moments and the count of
+        updates stay as they are. StateLost when weights have ceased to be finite, which nothing here can mend.
+        """
         with self._timed():
             lr = lr_at(
                 self.num_updates_done, self.config.trainer, self.config.train.steps * self.config.train.num_updates
@@ -122,27 +129,51 @@ class TrainerWorker:
                 group["lr"] = lr
             # DeepSpeed averages gradients over ranks, and the loss is a sum over them.
             self._step(total_weight / self.world_size)
-            self.num_updates_done += 1
             norm = float(self.engine.get_global_grad_norm())
+            if broken := num_broken(self.engine):
+                raise StateLost(
+                    f"the weights are no longer finite after update {self.num_updates_done + 1}: {broken} parts of "
+                    f"parameters hold NaN or infinity; go on from a checkpoint, with a lower trainer.lr than {lr:.3g}"
+                )
+        own = {name: self._sums.pop(name) for name in list(self._sums) if "/" not in name}
+        if not math.isfinite(norm):
+            self._num_skipped += 1
+            return
+        self.num_updates_done += 1
         done = self._sums.setdefault
-        for name in [name for name in self._sums if "/" not in name]:
+        for name, value in own.items():
             share = total_weight if name == "loss" else max(trained_weight, 1e-30)
-            self._sums[f"step/{name}"] = done(f"step/{name}", 0.0) + self._sums.pop(name) / share
+            self._sums[f"step/{name}"] = done(f"step/{name}", 0.0) + value / share
         self._sums["step/grad_norm"] = done("step/grad_norm", 0.0) + norm / self.world_size
         self._sums["step/lr"] = lr / self.world_size
 
     def finish_step(self, num_updates: int) -> dict[str, float]:
-        """Sums over ranks, means over the step's updates; `busy_s`, seconds this rank computed."""
-        lr = self._sums.pop("step/lr") * self.world_size
-        names = sorted(self._sums)
-        values = torch.tensor([self._sums[name] for name in names], dtype=torch.float64, device=self.device)
+        """Sums over ranks, means over the step's updates; `busy_s`, seconds this rank computed.
+
+        Updates that were skipped are in `num_skipped` and nowhere else; with no other, all else is left out.
+        """
+        sums, num_skipped, busy_s = self._sums, self._num_skipped, self._busy_s
+        self._sums, self._num_skipped, self._busy_s = {}, 0, 0.0
+        metrics = {"num_skipped": float(num_skipped), "busy_s": busy_s}
+        if num_skipped == num_updates:
+            return metrics
+        metrics["lr"] = sums.pop("step/lr") * self.world_size
+        names = sorted(sums)
+        values = torch.tensor([sums[name] for name in names], dtype=torch.float64, device=self.device)
         dist.all_reduce(values)
-        metrics = {n.removeprefix("step/"): float(v) / num_updates for n, v in zip(names, values, strict=True)}
-        busy_s, self._busy_s, self._sums = self._busy_s, 0.0, {}
-        return metrics | {"lr": lr, "busy_s": busy_s}
+        means = (values / (num_updates - num_skipped)).tolist()
+        return metrics | {n.removeprefix("step/"): mean for n, mean in zip(names, means, strict=True)}
+
+    def end_step(self, total_weight: float, trained_weight: float) -> dict[str, float]:
+        """The one update of a step that was accumulated before, and the step's metrics."""
+        self.update(total_weight, trained_weight)
+        return self.finish_step(1)
 
     def _step(self, divisor: float) -> None:
-        """The optimizer's step on gradients divided by `divisor`, which is what a loss scale is for."""
+        """The optimizer's step on gradients divided by `divisor`, which is what a loss scale is for.
+
+        DeepSpeed skips it, and says that the norm is infinite, where the norm at a ZeRO stage is not finite.
+        """
         self._divisor = divisor
         optimizer = self.engine.optimizer
         if hasattr(optimizer, "override_loss_scale"):  # ZeRO 1 to 3
@@ -157,6 +188,8 @@ class TrainerWorker:
         torch._foreach_div_([p.grad for p in parameters], self._divisor)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.trainer.max_grad_norm)
         self.engine._global_grad_norm = norm
+        if not torch.isfinite(norm):
+            self.engine.zero_grad()  # AdamW passes over a parameter without a gradient
 
     def _backward(self, micro: MicroBatch, old_logprobs_L: Tensor | None) -> None:
         algo = self.config.algo
@@ -182,6 +215,8 @@ class TrainerWorker:
             kl_L = kl(log_ratio(self._reference_logprobs(micro), logprobs_L), algo.kl_kind)
             reference_kl = (kl_L * weights_L).sum()
             loss, metrics["reference_kl"] = loss + algo.kl_coef * reference_kl, reference_kl.detach()
+        if not torch.isfinite(loss):  # what is not finite can be clipped away from the gradient: make that so too
+            loss = loss + math.nan * logprobs_L.sum()
         self.engine.backward(loss)
         for name, value in (metrics | {"loss": loss.detach()}).items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value)
@@ -243,14 +278,19 @@ class TrainerWorker:
             self.sender.close()
         self.sender = WeightSender(self._source(), client, backend, self.rank, num_engine_gpus)
 
-    def send_weights(self, policy_version: int) -> dict[int, str]:
-        """Failures by engine index; rank 0's count."""
-        self.sender.send(policy_version)
-        return self.sender.client.failures
+    def send_weights(self, policy_version: int, canary: np.ndarray | None) -> Sent:
+        """Rank 0's counts. The canary, where there is one, is scored while the engines load what was sent."""
+        from dpsrl.weight_sync import share_cores
+
+        share_cores(True, self.num_threads)
+        self.sender.send(policy_version, canary)
+        logprobs = None if canary is None else self.logprobs(canary)
+        share_cores(False, self.num_threads)
+        return Sent(*self.sender.wait(), logprobs)
 
     def checksums(self) -> dict[str, str]:
         """Of every tensor as it is sent; rank 0's count. Called on every rank (ZeRO-3)."""
-        from dpsrl.weight_sync import checksum
+        from dpsrl.engine_weights import checksum
 
         return {name: checksum(tensor) for name, tensor in self._source()}
 
@@ -265,6 +305,16 @@ class TrainerWorker:
     def wake(self) -> None:
         if self.device.type == "cuda" and hasattr(self.engine.optimizer, "reload_states"):
             self.engine.reload_states()
+
+    # --- state --------------------------------------------------------------------------------------
+
+    def save_state(self, folder: str) -> None:
+        """All that decides the next update, between two steps; called on every rank."""
+        save_state(self.engine, Path(folder), self.num_updates_done)
+
+    def load_state(self, folder: str) -> None:
+        """Goes on where `folder` was saved, by whatever ranks; called on every rank, before the first step."""
+        self.num_updates_done = load_state(self.engine, Path(folder))
 
     def save_model(self, folder: str) -> None:
         """A Hugging Face folder with this policy; called on every rank, written by rank 0."""

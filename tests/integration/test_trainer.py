@@ -1,5 +1,7 @@
 """Real DeepSpeed ranks: one update is the same update however many ranks share it, whatever ZeRO stage they are at."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from dpsrl.cluster import Cluster
 from dpsrl.config import Config, load_config
 from dpsrl.pools import TrainerPool
 from dpsrl.trainer import TrainerWorker
-from dpsrl.types import TrainGroup
+from dpsrl.types import TrainGroup, UserError
 
 LR = 100.0  # of plain gradient descent, so large that the rounding of weights hides nothing of the gradient
 
@@ -119,6 +121,29 @@ def one_step(tmp_path, *arguments):
         trainers = TrainerPool(cluster, config, "shared_memory")
         trainers.start()
         return trainers.finish(trainers.begin(updates)), trainers.logprobs(np.arange(20, 60, dtype=np.int32))
+
+
+def test_the_pool_saves_and_loads_and_hears_what_goes_wrong(tmp_path):
+    config = configuration("trainer.num_workers=2", "trainer.zero_stage=2", "trainer.lr=1e-3")
+    (update,) = lay_out(groups(4, config), 2, 1, config.trainer.micro_batch_tokens)
+    with Cluster(config, tmp_path / "logs") as cluster:
+        trainers = TrainerPool(cluster, config, "shared_memory")
+        trainers.start()
+        trainers.finish(trainers.begin([update]))
+        trainers.save_state(tmp_path / "state")
+        saved = trainers.checksums()
+        trainers.finish(trainers.begin([update]))
+        at_once = trainers.checksums()
+        trainers.load_state(tmp_path / "state")
+        assert trainers.checksums() == saved != at_once
+        trainers.accumulate(update)
+        assert trainers.finish(trainers.begin_update(update.total_weight, update.trained_weight))["num_skipped"] == 0
+        assert trainers.checksums() == at_once
+        with pytest.raises(UserError, match="state.json is missing"):
+            trainers.load_state(tmp_path)
+        trainers.accumulate(update)  # and divide by what leaves no weight finite
+        with pytest.raises(RuntimeError, match="no longer finite after update 3"):
+            trainers.finish(trainers.begin_update(math.nan, 1.0))
 
 
 @pytest.fixture(scope="module")
