@@ -6,6 +6,7 @@ there is no thread to hang and no queue to lose. A poll returns as soon as a req
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -129,13 +130,24 @@ class RolloutWorker:
 
     def start_weight_update(self) -> None:
         assert "weights" in self._awake, "the engine's weights are asleep"
+        self._share_cores(True)
         self.receiver.start()
 
     def update_weights(self, update_info: dict) -> None:
         self.receiver.update(update_info)
 
-    def finish_weight_update(self, policy_version: int) -> None:
+    def finish_weight_update(self, policy_version: int, canary: np.ndarray | None) -> tuple[int, np.ndarray] | None:
+        """`logprobs` of the canary under the new weights, where one is given."""
         self.receiver.finish(policy_version)
+        answer = None if canary is None else self.logprobs(canary)
+        self._share_cores(False)
+        return answer
+
+    def _share_cores(self, sharing: bool) -> None:
+        from dpsrl.weight_sync import share_cores
+
+        if not self.on_gpu:
+            share_cores(sharing, int(os.environ["OMP_NUM_THREADS"]))
 
 
 def _rollout(sample) -> Rollout:

@@ -17,6 +17,10 @@ class UserError(ValueError):
     """A mistake a person can mend. The message is one sentence: what is wrong, the value, what to do."""
 
 
+class StateLost(RuntimeError):
+    """What a process holds is of no use any more: the run goes back to its last checkpoint."""
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """One dataset item, tokenized: `Prompt(7, "9f2c..", [5, 6, 7], "3 5=8:", {...})`."""
@@ -109,6 +113,15 @@ class RolloutRequest:
     num_rollouts: int
     temperature: float
     seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What came of a weight sync: `Sent({1: "died"}, {0: (4, [-0.1, -2.3])}, [-0.1, -2.3])`."""
+
+    failures: dict[int, str]  # by engine
+    answers: dict[int, tuple[int, np.ndarray]]  # by engine: policy version, float32 logprobs of the canary
+    logprobs: np.ndarray | None  # the trainer's
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,22 +9,19 @@ Importing this file imports vLLM: only actors do.
     WeightSender.send(version)
       client.start_weight_update()            ->     WeightReceiver.start()
       client.update_weights(bucket), ...      ->     WeightReceiver.update(bucket)
-      client.finish_weight_update()           ->     WeightReceiver.finish(version)
+      client.finish_weight_update()           ->     WeightReceiver.finish(version), then the canary
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
-import shutil
 import socket
 import tempfile
-import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, BinaryIO, ClassVar, Self
 
 import numpy as np
 import torch
@@ -43,6 +40,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from dpsrl.engine_weights import checksums, layer_names, load_layers
 from dpsrl.types import WeightMeta
 
 SHARED_MEMORY = "shared_memory"
@@ -96,51 +94,7 @@ class WeightReceiver:
 
     def checksums(self) -> dict[str, str]:
         """Of every tensor that the engine computes with, read back from where it is used."""
-        return self.llm.apply_model(_checksums)[0]
-
-
-def _checksums(model: torch.nn.Module) -> dict[str, str]:
-    return {name: checksum(tensor) for name, tensor in held_weights(model)}
-
-
-def checksum(tensor: torch.Tensor) -> str:
-    """16 hex digits of the tensor's bytes; 0 and -0 are one, since reading back by a product loses the sign."""
-    whole = (tensor + 0).contiguous().view(torch.uint8).cpu().numpy()
-    return hashlib.blake2b(whole.data, digest_size=8).hexdigest()
-
-
-def held_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """What an engine of one GPU or CPU computes with, tensor by tensor under Hugging Face names.
-
-    vLLM fuses layers, and on the CPU keeps nothing but a packed copy of some weights: such a layer is read back by
-    running it on the identity, which is exact.
-    """
-    parts = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
-    parts |= getattr(model, "packed_modules_mapping", {})
-    for path, module in model.named_modules():
-        parent, _, leaf = path.rpartition(".")
-        names = [f"{parent}.{name}" for name in parts[leaf]] if leaf in parts else [path]
-        for kind, parameter in module.named_parameters(recurse=False):
-            whole = parameter.detach()
-            if kind == "weight" and hasattr(module, "quant_method"):
-                whole = _linear_weight(module, whole)
-            sizes = _part_sizes(module, len(names), whole.shape[0])
-            for name, tensor in zip(names, whole.split(sizes), strict=True):
-                yield f"{name}.{kind}", tensor
-
-
-def _linear_weight(module: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
-    vocab = getattr(module, "org_vocab_size", None)  # an embedding is padded beyond it
-    if getattr(module, "cpu_linear", None) is not None:
-        eye = torch.eye(getattr(module, "input_size", 0) or module.embedding_dim, dtype=module.params_dtype)
-        weight = module.quant_method.apply(module, eye).T.contiguous()
-    return weight[:vocab] if vocab else weight
-
-
-def _part_sizes(module: torch.nn.Module, num_parts: int, total: int) -> list[int]:
-    if num_parts == 1:
-        return [total]
-    return list(getattr(module, "output_partition_sizes", None) or module.output_sizes)
+        return self.llm.apply_model(checksums)[0]
 
 
 def checkpoint_shapes(model_path: str) -> dict[str, tuple[int, ...]]:
@@ -222,9 +176,16 @@ class WeightSender:
         init_info = _trainer_init_info(backend, rank, source.bucket_bytes, num_engine_gpus)
         self.engine = WeightTransferTrainerFactory.trainer_init(init_info, client=client, source=source)
 
-    def send(self, policy_version: int) -> None:
-        self.client.policy_version = policy_version  # vLLM's trainer engines finish without naming a version
+    def send(self, policy_version: int, canary: np.ndarray | None) -> None:
+        """Sends without waiting for the engines to have loaded everything."""
+        # vLLM's trainer engines finish without naming a version
+        self.client.policy_version, self.client.canary = policy_version, canary
         self.engine.send_weights()
+
+    def wait(self) -> tuple[dict[int, str], dict[int, tuple[int, np.ndarray]]]:
+        """(failures, answers) by engine, as in `Sent`."""
+        self.client.wait()
+        return self.client.failures, self.client.answers
 
     def close(self) -> None:
         self.engine.shutdown()
@@ -260,7 +221,9 @@ def _trainer_init_info(backend: str, rank: int, bucket_bytes: int, num_engine_gp
 
 @dataclass
 class SharedMemoryInitInfo(WeightTransferInitInfo):
-    """No rendezvous is needed: each update names its file."""
+    """What will be sent; no rendezvous is needed, since each update names its file."""
+
+    names: list[str]
 
 
 @dataclass
@@ -280,28 +243,41 @@ class SharedMemoryTrainerInitInfo(TrainerInitInfo):
 
 
 class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemoryUpdateInfo]):
-    """Receives buckets from files in memory and loads them as a checkpoint, layer by layer."""
+    """Receives buckets from files in memory, and loads each layer once all its tensors are there.
+
+    Layers of kinds that `engine_weights` knows are written where they are computed with; models with others are loaded
+    as a checkpoint by vLLM's layerwise reload, which takes several times as long for a small model.
+    """
 
     init_info_cls = SharedMemoryInitInfo
     update_info_cls = SharedMemoryUpdateInfo
 
     def init_transfer_engine(self, init_info: SharedMemoryInitInfo) -> None:
-        pass
+        self.tied = bool(self.model_config.hf_config.tie_word_embeddings)
+        held = layer_names(self.model) - ({"lm_head.weight"} if self.tied else set())
+        self.in_place = held == set(init_info.names) - ({"lm_head.weight"} if self.tied else set())
 
     def start_weight_update(self) -> None:
-        initialize_layerwise_reload(self.model)
+        self.waiting: dict[str, torch.Tensor] = {}
+        if not self.in_place:
+            initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
         dtype = getattr(torch, update_info.dtype_name)
-        # Read into memory of our own: the loaders keep tensors until their layer is complete, the file goes before.
+        # Read into memory of our own: tensors are kept until their layer is complete, the file goes before.
         flat = torch.frombuffer(bytearray(Path(update_info.path).read_bytes()), dtype=dtype)
         sizes = [int(np.prod(shape)) for shape in update_info.shapes]
         tensors = [part.view(shape) for part, shape in zip(flat.split(sizes), update_info.shapes, strict=True)]
-        self.model.load_weights(list(zip(update_info.names, tensors, strict=True)))
+        if self.in_place:
+            self.waiting |= dict(zip(update_info.names, tensors, strict=True))
+            load_layers(self.model, self.waiting)
+        else:
+            self.model.load_weights(list(zip(update_info.names, tensors, strict=True)))
 
     def finish_weight_update(self) -> None:
-        finalize_layerwise_reload(self.model, self.model_config)
-        if self.model_config.hf_config.tie_word_embeddings:
+        if not self.in_place:
+            finalize_layerwise_reload(self.model, self.model_config)
+        if self.tied:
             _repack_tied_head(self.model)
 
     def shutdown(self) -> None:
@@ -333,7 +309,7 @@ class SharedMemoryTrainerEngine(TrainerWeightTransferEngine[SharedMemoryTrainerI
         engine = cls(client=client, source=source, is_sender=init_info.is_sender)
         engine.bucket_bytes = init_info.bucket_bytes
         if engine.is_sender:
-            client.init_weight_transfer_engine({})
+            client.init_weight_transfer_engine({"names": [meta.name for meta in source.metadata()]})
         return engine
 
     def send_weights(self) -> None:
@@ -347,36 +323,41 @@ class SharedMemoryTrainerEngine(TrainerWeightTransferEngine[SharedMemoryTrainerI
             bucket.append((name, tensor))
             size += tensor.nbytes
             if size >= self.bucket_bytes:
-                self._send_bucket(bucket, size)
+                self._send_bucket(bucket)
                 bucket, size = [], 0
         if bucket:
-            self._send_bucket(bucket, size)
+            self._send_bucket(bucket)
         if self.is_sender:
             self.client.finish_weight_update()
 
-    def _send_bucket(self, bucket: list[tuple[str, torch.Tensor]], size: int) -> None:
-        path = _memory_folder(size) / f"dpsrl-weights-{uuid.uuid4().hex}"
-        try:
-            with open(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-                for _, tensor in bucket:
-                    file.write(tensor.contiguous().view(torch.uint8).numpy().data)
-            info = SharedMemoryUpdateInfo(
-                path=str(path),
-                dtype_name=str(bucket[0][1].dtype).removeprefix("torch."),
-                names=[name for name, _ in bucket],
-                shapes=[list(tensor.shape) for _, tensor in bucket],
-            )
-            self.client.update_weights(asdict(info))
-        finally:
-            path.unlink(missing_ok=True)
+    def _send_bucket(self, bucket: list[tuple[str, torch.Tensor]]) -> None:
+        file = _memory_file()
+        for _, tensor in bucket:
+            file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+        file.flush()
+        info = SharedMemoryUpdateInfo(
+            path=_path_for_others(file),
+            dtype_name=str(bucket[0][1].dtype).removeprefix("torch."),
+            names=[name for name, _ in bucket],
+            shapes=[list(tensor.shape) for _, tensor in bucket],
+        )
+        self.client.update_from(file, asdict(info))
 
 
-def _memory_folder(num_bytes: int) -> Path:
-    """/dev/shm if the bucket fits (containers often have 64 MiB there), else the temporary folder."""
-    memory = Path("/dev/shm")
-    if memory.is_dir() and shutil.disk_usage(memory).free > 2 * num_bytes:
-        return memory
-    return Path(tempfile.gettempdir())
+def _memory_file() -> BinaryIO:
+    """A file in memory that is gone with the process that made it, however that ends."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("dpsrl-weights"), "wb")
+    return tempfile.NamedTemporaryFile()
+
+
+def _path_for_others(file: BinaryIO) -> str:
+    return f"/proc/{os.getpid()}/fd/{file.fileno()}" if hasattr(os, "memfd_create") else file.name
+
+
+def share_cores(sharing: bool, num_threads: int) -> None:
+    """Threads of this process while weights travel, when both ends of a machine compute at once, and otherwise."""
+    torch.set_num_threads(max(1, num_threads // 2) if sharing else num_threads)
 
 
 @functools.cache

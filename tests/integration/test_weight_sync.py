@@ -13,9 +13,10 @@ from dpsrl.cluster import Cluster
 from dpsrl.config import load_config
 from dpsrl.data.build import load_tokenizer
 from dpsrl.policy import packed_batch
-from dpsrl.pools import RolloutPool, TrainerPool, Weights, transfer_backend
+from dpsrl.pools import RolloutPool, TrainerPool, transfer_backend
 from dpsrl.trainer import TrainerWorker
 from dpsrl.types import RolloutRequest, TrainGroup
+from dpsrl.weights import Weights
 
 TOLERANCE = 0.01
 
