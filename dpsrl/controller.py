@@ -90,14 +90,16 @@ class Controller:
         self._audit = Audit(num_audit, seed)
         self._last_state_N = np.full(len(prompt_ids), UNSEEN, dtype=np.int8)
         self._in_flight: dict[int, Flight] = {}
+        self._order: list[int] = []  # prompts of the step under way, as they were selected
+        # Of them, from the first on: how many outcomes have gone into `refill`, and how many of these were admitted.
+        self._num_settled = self._num_settled_admitted = 0
         self._came_back: dict[int, tuple[Outcome, Flight]] = {}  # of the step under way
-        self._admitted: list[int] = []  # of the step under way
+        self._admitted: dict[int, None] = {}  # of the step under way, in the order of coming back
         self._carried: list[int] = []  # admitted in earlier steps, not yet trained on
         self._trained: list[int] = []
         # Groups admitted and groups come back, discounted step by step; their ratio is what a prompt is expected to
         # yield. It begins at 1, so that a first step asks for no more than it needs.
         self._yield = np.array([batch / 2, batch / 2])
-        self._num_selected = 0  # prompts of the step under way
 
     # --- a step -------------------------------------------------------------------------------------------
 
@@ -117,7 +119,7 @@ class Controller:
         a refilling admission takes what there is.
         """
         if num_prompts is None and self._refills:
-            return self.refill()
+            return self._ask_for_more()
         if num_prompts is None:
             num_prompts = self.batch + self.num_spare - len(self._in_flight) - len(self._carried)
             num_prompts = max(0, min(num_prompts, self.selector.num_prompts - len(self._busy())))
@@ -135,15 +137,26 @@ class Controller:
         """(index, P(partial)) of prompts still to be rolled out in this step; none when enough are on their way.
 
         Enough is when the groups admitted and carried over, and what those in flight are expected to yield, make a
-        batch; or when `max_rounds` batches were rolled out, or no prompt is left.
+        batch; or when `max_rounds` batches were rolled out, or no prompt is left. Outcomes are taken into account in
+        the order of selection, not in that of coming back, so that a run can be repeated to the bit.
         """
-        if not self._refills:
-            return []
-        num_admitted, num_back = self._yield + (len(self._admitted), len(self._came_back))
-        expected_yield = max(num_admitted / num_back, 1 / self.max_prompts)
-        wanted = self.batch + self.num_spare
-        missing = wanted - len(self._carried) - len(self._admitted) - expected_yield * len(self._in_flight)
-        room = min(self.max_prompts - self._num_selected, self.selector.num_prompts - len(self._busy()))
+        selected = []
+        while self._refills and self._num_settled < len(self._order):
+            index = self._order[self._num_settled]
+            if index not in self._came_back:
+                break
+            self._num_settled += 1
+            self._num_settled_admitted += index in self._admitted
+            selected += self._ask_for_more()
+        return selected
+
+    def _ask_for_more(self) -> list[tuple[int, float]]:
+        """What is missing by the outcomes that are settled."""
+        admitted, back = self._yield + (self._num_settled_admitted, self._num_settled)
+        expected_yield = max(admitted / back, 1 / self.max_prompts)
+        wanted = self.batch + self.num_spare - len(self._carried) - self._num_settled_admitted
+        missing = wanted - expected_yield * (len(self._order) - self._num_settled)
+        room = min(self.max_prompts - len(self._order), self.selector.num_prompts - len(self._busy()))
         num_prompts = min(math.ceil(missing / expected_yield - 1e-9), room)
         return self.select(num_prompts) if num_prompts > 0 else []
 
@@ -167,7 +180,7 @@ class Controller:
         for outcome, is_admitted in zip(outcomes, admitted, strict=True):
             self._came_back[outcome.index] = (outcome, self._in_flight.pop(outcome.index))
             if is_admitted:
-                self._admitted.append(outcome.index)
+                self._admitted[outcome.index] = None
         return admitted
 
     def observe(self, ahead: bool = False, begun: Sequence[int] = ()) -> dict[str, float]:
@@ -196,6 +209,7 @@ class Controller:
         if not ahead:
             self._in_flight.clear()
         self._came_back.clear()
+        self._begin_step()
 
         mixed_B = state_B == PARTIAL
         partial_B, likeliest_B, audited_B = np.array(flights, dtype=np.float64).reshape(-1, 3)[scored_B].T
@@ -221,7 +235,7 @@ class Controller:
         self._trained, self._carried = ready[: self.batch], ready[self.batch :]
         num_scored, num_admitted = int((counts_B3[:, 2] > 0).sum()), len(self._admitted)
         self._yield = YIELD_MEMORY * (self._yield + (num_admitted, len(counts_B3)))
-        self._admitted, self._num_selected = [], 0
+        self._admitted = {}
         return {
             "selection/coverage": self.selector.coverage,
             "selection/num_generated": float(len(counts_B3)),
@@ -230,6 +244,10 @@ class Controller:
             "selection/num_unmixed": float(num_scored - num_admitted),
             "selection/num_unscored": float(len(counts_B3) - num_scored),
         }
+
+    def _begin_step(self) -> None:
+        self._order = list(self._in_flight)
+        self._num_settled = self._num_settled_admitted = 0
 
     def _busy(self) -> list[int]:
         return [*self._in_flight, *self._came_back, *self._carried]
@@ -246,7 +264,7 @@ class Controller:
             likeliest = partial > max(states_S[UNSOLVED], states_S[SOLVED])
             self._in_flight[index] = Flight(partial, likeliest, place >= len(ids) - num_audited)
             selected.append((index, partial))
-        self._num_selected += len(selected)
+        self._order += [index for index, _ in selected]
         return selected
 
     # --- what is known ------------------------------------------------------------------------------------
@@ -278,16 +296,18 @@ class Controller:
     def state_dict(self) -> dict[str, Any]:
         """Flat: numpy arrays only.
 
-        Outcomes not yet observed count as in flight: those prompts are to be rolled out again. Groups carried over
-        are not part of it: their prompts are free again after a restart.
+        Outcomes not yet observed count as in flight: those prompts are to be rolled out again. Of groups carried over
+        it has the prompts; the groups themselves are their owner's to keep.
         """
-        in_flight = self._in_flight | {index: flight for index, (_, flight) in self._came_back.items()}
+        under_way = self._in_flight | {index: flight for index, (_, flight) in self._came_back.items()}
+        in_flight = {index: under_way[index] for index in self._order}
         own = {
             "prompt_ids": self._ids_N,
             "policy_version": np.array(self.policy_version),
             "last_state": self._last_state_N.copy(),
             "in_flight_index": np.array(list(in_flight), dtype=np.int64),
             "in_flight_thought": np.array(list(in_flight.values()), dtype=np.float64).reshape(-1, 3),
+            "carried_index": np.array(self._carried, dtype=np.int64),
             "yield": self._yield.copy(),
         }
         own |= {f"audit.{name}": array for name, array in self._audit.state_dict().items()}
@@ -316,7 +336,8 @@ class Controller:
         thoughts = [Flight(partial, bool(likeliest), bool(audited)) for partial, likeliest, audited in thought_F3]
         self._in_flight = dict(zip(state["in_flight_index"].tolist(), thoughts, strict=True))
         self._yield = np.array(state["yield"])
-        self._came_back, self._admitted, self._carried, self._num_selected = {}, [], [], len(self._in_flight)
+        self._came_back, self._admitted, self._carried = {}, {}, state["carried_index"].tolist()
+        self._begin_step()
 
 
 def part_of(state: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -7,7 +7,6 @@ neither selection nor training: `train.py` and `evaluate.py` both draw from here
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Iterable
 
 import numpy as np
@@ -38,11 +37,11 @@ class GroupStream:
         )
         self.score_s = 0.0
         self._asked: dict[int, Prompt] = {}
-        self._done: deque[tuple[Group, list[str]]] = deque()
+        self._done: list[tuple[Group, list[str]]] = []
 
     @property
     def pending(self) -> int:
-        """Groups that `next` can still wait for."""
+        """Groups that `take` can still wait for."""
         return len(self._asked) + len(self._done)
 
     def add(self, indices: Iterable[int], *, num_rollouts: int, temperature: float, purpose: int, step: int) -> None:
@@ -53,22 +52,33 @@ class GroupStream:
             for index, p in prompts.items()
         )
 
-    def next(self) -> tuple[Group, list[str]]:
-        """The next group to end, scored, and its responses' texts."""
+    def take(self) -> list[tuple[Group, list[str]]]:
+        """The groups that have ended since the last call, at least one: scored, with their responses' texts."""
         while not self._done:
             self._wait()
-        return self._done.popleft()
+        done, self._done = self._done, []
+        return done
 
     def drain(self) -> None:
-        """Waits until every prompt under way has its group, for `next` to give: the engines are free then."""
+        """Waits until every prompt under way has its group, for `take` to give: the engines are free then."""
         while self._asked:
             self._wait()
 
     def _wait(self) -> None:
-        for request, rollouts in self.rollouts.finished():
-            prompt = self._asked.pop(request.request_id)
-            texts = self.tokenizer.batch_decode([r.token_ids for r in rollouts], skip_special_tokens=True)
-            started = time.monotonic()
-            scores = self.scorer.score([(text, prompt.answer) for text in texts])
-            self.score_s += time.monotonic() - started
-            self._done.append((Group(prompt.index, prompt.id, prompt.token_ids, rollouts, scores), texts))
+        """Scores together what an engine handed over together: calls to workers cost more than most rewards."""
+        finished = [(self._asked.pop(request.request_id), rollouts) for request, rollouts in self.rollouts.finished()]
+        if not finished:
+            return
+        texts = self.tokenizer.batch_decode(
+            [rollout.token_ids for _, rollouts in finished for rollout in rollouts], skip_special_tokens=True
+        )
+        answers = [prompt.answer for prompt, rollouts in finished for _ in rollouts]
+        started = time.monotonic()
+        with self.rollouts.cluster.watchdog.paused():
+            scores = self.scorer.score(list(zip(texts, answers, strict=True)))
+        self.score_s += time.monotonic() - started
+        first = 0
+        for prompt, rollouts in finished:
+            mine = slice(first, first := first + len(rollouts))
+            group = Group(prompt.index, prompt.id, prompt.token_ids, rollouts, scores[mine])
+            self._done.append((group, texts[mine]))

@@ -247,6 +247,30 @@ def mixed_step(controller, is_mixed, rng, one_by_one=True):
     return rolled_out, controller.trained(), metrics
 
 
+def test_the_order_of_coming_back_changes_no_refill():
+    rng = np.random.default_rng(5)
+    mixed_N = rng.random(400) < 0.3
+    histories = []
+    for seed, one_by_one in ((1, True), (2, True), (3, False)):
+        controller, arrival = mixed_build(max_rounds=20), np.random.default_rng(seed)
+        steps = [mixed_step(controller, mixed_N.__getitem__, arrival, one_by_one) for _ in range(12)]
+        histories.append((steps, {k: np.asarray(v).tolist() for k, v in controller.state_dict().items()}))
+    assert histories[0] == histories[1] == histories[2]
+    assert sum(len(rolled_out) for rolled_out, *_ in histories[0][0]) > 12 * 8 * 2  # there were refills
+
+
+def test_carried_over_prompts_are_in_the_state():
+    first = mixed_build(max_rounds=20)
+    carried, rng = 0, np.random.default_rng(0)
+    while not carried:
+        *_, metrics = mixed_step(first, lambda index: index % 2 == 0, rng)
+        carried = metrics["selection/num_carried"]
+    second = mixed_build(max_rounds=20)
+    second.load_state_dict(first.state_dict())
+    steps = [mixed_step(c, lambda index: index % 2 == 0, np.random.default_rng(1)) for c in (first, second)]
+    assert steps[0] == steps[1]
+
+
 @pytest.mark.parametrize("one_by_one", [True, False])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_refill_fills_the_batch_and_every_group_is_accounted_for(share, one_by_one):
