@@ -1,16 +1,18 @@
 """The Ray session: its start, the place of every actor, their output, waits with a deadline.
 
-Every wait (`run.stall_s`) names whom it waits for. A local cluster starts here and ends with the run. What the
-actors are asked to do is in `pools.py`.
+Every wait (`run.stall_s`, `run.start_s`) names whom it waits for. A local cluster starts here and ends with the run.
+What the actors are asked to do is in `pools.py`.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,32 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dpsrl.config import Config
+from dpsrl.guard import Guard, children
 from dpsrl.resources import check_resources, resource_plan
+from dpsrl.types import StateLost, UserError
+from dpsrl.watchdog import Watchdog
+
+RAY_ATTEMPTS = 3
+SLICE_S = 1.0  # how long a wait goes on before Ctrl-C and deadlines are looked at
+PEERS_FAIL_WITHIN_S = 5.0  # after one party's error, to learn whether another's death is behind it
+STACKS_WITHIN_S = 2.0
 
 # --- the cluster --------------------------------------------------------------------------------------
 
 
 class StallError(RuntimeError):
-    """A party did not answer in time, or died; the message names it and its log."""
+    """The run cannot go on, because others did not do their part; the message names them."""
+
+
+class PartyLost(StallError):
+    """A process did not answer in time, or died; the message names it and its log.
+
+    actors: those that were lost.
+    """
+
+    def __init__(self, sentence: str, actors: Iterable[Any]) -> None:
+        super().__init__(sentence)
+        self.actors = list(actors)
 
 
 class Cluster:
@@ -36,17 +57,21 @@ class Cluster:
         self.config, self.log_dir = config, log_dir.absolute()
         self.local = not config.cluster.address
         self.actors: dict[Any, str] = {}
+        self._processes: dict[Any, Any] = {}  # by actor, a call that answers (node, process id)
         self.placement: PlacementGroup | None = None
         self._stack = ExitStack()
         self.plan = resource_plan(config, with_trainer)
+        self.watchdog = Watchdog(2 * max(config.run.stall_s, config.run.start_s) + 60, self._end_processes)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Ray's default of 15 lets any other program on a laptop take the cores that two threads wait for each other on.
         os.environ.setdefault("RAY_worker_niceness", "0")
         num_cpus = max(os.cpu_count() or 1, self.plan.total["CPU"])
         local = {"num_cpus": num_cpus, "include_dashboard": False} if self.local else {}
         with _whole_start():
-            ray.init(address=config.cluster.address or "local", log_to_driver=False, logging_level="ERROR", **local)
+            _start_ray(self._stack.enter_context(Guard()), address=config.cluster.address or "local", **local)
         self._interrupts = _remembered_interrupts(self._stack)
+        self._stop_requests = _remembered_stops(self._stack)
+        self._stack.enter_context(self.watchdog)
         if not self.local:
             machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             machines = [{kind: int(amounts.get(kind, 0)) for kind in ("GPU", "CPU")} for amounts in machines]
@@ -57,10 +82,20 @@ class Cluster:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stack.close()
         for actor in self.actors:
             ray.kill(actor)
         ray.shutdown()
+        self._stack.close()
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether SIGTERM has come: a scheduler is about to take this machine away."""
+        return bool(self._stop_requests)
+
+    def _end_processes(self) -> None:
+        self.write_stacks()
+        for process in self._local_processes().values():
+            _kill(process)
 
     def start(
         self, cls: type, name: str, *args: Any, env: dict[str, str], options: dict[str, Any], **kwargs: Any
@@ -70,31 +105,98 @@ class Cluster:
         env_vars = {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"} | env
         actor = actor_cls.options(runtime_env={"env_vars": env_vars}, **options).remote(*args, **kwargs)
         self.actors[actor] = name
+        self._processes[actor] = actor.process.remote()
         return actor
 
     def kill(self, actor: Any) -> None:
+        process = self._local_processes().get(actor)
         ray.kill(actor)
-        del self.actors[actor]
+        if process:
+            _kill(process)
+        del self.actors[actor], self._processes[actor]
 
-    def get(self, calls: dict[Any, Any], what: str) -> list[Any]:
-        """Results of `{actor: reference}`, in order; StallError names the one that failed or kept silent."""
-        results = []
-        for actor, call in calls.items():
+    # --- waits --------------------------------------------------------------------------------------
+
+    def get(self, calls: dict[Any, Any], what: str, deadline_s: float | None = None) -> list[Any]:
+        """Results of `{actor: reference}`, in order. PartyLost names those that died or kept silent.
+
+        deadline_s: run.stall_s where it is not given.
+        """
+        deadline_s = deadline_s or self.config.run.stall_s
+        actor_of, results = {call: actor for actor, call in calls.items()}, {}
+        started_s = self.watchdog.awake_s
+        while len(results) < len(calls):
+            left = {call: actor for call, actor in actor_of.items() if call not in results}
+            for call in self.ready(list(left), started_s + deadline_s):
+                results[call] = self._result(call, left, what)
+            silent = [actor for call, actor in left.items() if call not in results]
+            if silent and self.watchdog.awake_s > started_s + deadline_s:
+                self._lost(silent, f"did not {what} within {deadline_s:.0f} s")
+        return [results[call] for call in calls.values()]
+
+    def ready(self, calls: list[Any], until_s: float) -> list[Any]:
+        """The calls that have ended, once there is one; none when the watchdog's `awake_s` passes `until_s`."""
+        while True:
             if self._interrupts:
                 raise KeyboardInterrupt
-            name = self.actors[actor]
-            try:
-                results.append(ray.get(call, timeout=self.config.run.stall_s))
-            except ray.exceptions.GetTimeoutError:
-                raise StallError(
-                    f"{name} did not {what} within {self.config.run.stall_s:.0f} s; {self._log(name)}"
-                ) from None
-            except ray.exceptions.ActorDiedError as error:
-                raise StallError(f"{name} died while it should {what}; {self._log(name)}") from error
-        return results
+            self.watchdog.beat()
+            if ray.wait(calls, num_returns=1, timeout=SLICE_S)[0]:
+                return ray.wait(calls, num_returns=len(calls), timeout=0)[0]
+            if self.watchdog.awake_s > until_s:
+                return []
 
-    def _log(self, name: str) -> str:
-        return f"its log is {self.log_dir / name}.log"
+    def _result(self, call: Any, actor_of: dict[Any, Any], what: str) -> Any:
+        """What the call returned. Where it failed, and another party's death may be why, that one is named."""
+        try:
+            return ray.get(call)
+        except ray.exceptions.ActorDiedError:
+            self._lost([actor_of[call]], f"died while it should {what}")
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
+            if isinstance(error.cause, StateLost):
+                raise PartyLost(f"{self.actors[actor_of[call]]}: {error.cause}", [actor_of[call]]) from error
+            calls = list(actor_of)
+            ended, _ = ray.wait(calls, num_returns=len(calls), timeout=PEERS_FAIL_WITHIN_S)
+            if dead := [actor_of[other] for other in ended if _died(other)]:
+                self._lost(dead, f"died while it should {what}")
+            raise
+
+    def _lost(self, actors: list[Any], why: str) -> None:
+        """Raises PartyLost, once the stacks of all parties are in their logs."""
+        self.write_stacks()
+        names = [self.actors[actor] for actor in actors]
+        logs = "its log is" if len(names) == 1 else "their logs are"
+        files = ", ".join(str(self.log_dir / f"{name}.log") for name in names)
+        raise PartyLost(f"{', '.join(names)} {why}; {logs} {files}", actors)
+
+    # --- processes ----------------------------------------------------------------------------------
+
+    def processes(self) -> dict[str, int]:
+        """Process ids on this machine, by party."""
+        return {self.actors[actor]: process for actor, process in self._local_processes().items()}
+
+    def _local_processes(self) -> dict[Any, int]:
+        if not ray.is_initialized():
+            return {}
+        here = ray.get_runtime_context().get_node_id()
+        known = {}
+        for actor, call in self._processes.items():
+            if ray.wait([call], timeout=0)[0] and not _died(call):
+                node, process = ray.get(call)
+                if node == here:
+                    known[actor] = process
+        return known
+
+    def write_stacks(self) -> None:
+        """Has every process on this machine write what each of its threads does into its log."""
+        for process in self._local_processes().values():
+            try:
+                os.kill(process, signal.SIGUSR1)
+            except ProcessLookupError:
+                continue
+        faulthandler.dump_traceback(all_threads=True)
+        time.sleep(STACKS_WITHIN_S)
 
     def threads(self, num_workers: int) -> int:
         """CPU threads of each of `num_workers` that compute at the same time."""
@@ -129,6 +231,21 @@ class Cluster:
         return options | ({"num_gpus": amounts["GPU"] / parts} if amounts["GPU"] else {})
 
 
+def _start_ray(guard: Guard, **options: Any) -> None:
+    """Tries again where Ray gives up on a busy machine, after half a minute. The guard follows what it starts."""
+    before = children(os.getpid())
+    for attempt in range(1, RAY_ATTEMPTS + 1):
+        try:
+            ray.init(log_to_driver=False, logging_level="ERROR", **options)
+            return
+        except Exception as error:  # its own kinds differ by what was late, down to a bare Exception
+            ray.shutdown()
+            if attempt == RAY_ATTEMPTS:
+                raise StallError(f"Ray did not start: {str(error).strip().splitlines()[0]}") from error
+        finally:
+            guard.follow(children(os.getpid()) - before)
+
+
 @contextmanager
 def _whole_start() -> Iterator[None]:
     """Ctrl-C waits for the end of the block: half a Ray session would be left with no one to end it."""
@@ -161,6 +278,20 @@ def _remembered_interrupts(stack: ExitStack) -> list[int]:
     return interrupts
 
 
+def _remembered_stops(stack: ExitStack) -> list[int]:
+    """Fills when SIGTERM comes, until `stack` is closed; a second one is a Ctrl-C. Ray would end at once."""
+    stops: list[int] = []
+
+    def remember(number: int, _: Any) -> None:
+        stops.append(number)
+        if len(stops) > 1:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, remember))
+    return stops
+
+
 def _logged(cls: type, path: str) -> type:
     """`cls` with its process's output in a file, whatever library writes it."""
 
@@ -171,10 +302,33 @@ def _logged(cls: type, path: str) -> type:
             os.dup2(file, 1)
             os.dup2(file, 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+            faulthandler.register(signal.SIGUSR1, file=os.fdopen(os.dup(2), "w"), all_threads=True)
             super().__init__(*args, **kwargs)
 
         def node_address(self) -> str:
             return ray.util.get_node_ip_address()
 
+        def process(self) -> tuple[str, int]:
+            return ray.get_runtime_context().get_node_id(), os.getpid()
+
     Logged.__name__ = Logged.__qualname__ = cls.__name__  # Ray tells actor classes apart by these
     return Logged
+
+
+def _died(call: Any) -> bool:
+    try:
+        ray.get(call, timeout=0)
+    except ray.exceptions.ActorDiedError:
+        return True
+    except (ray.exceptions.RayTaskError, ray.exceptions.GetTimeoutError):
+        return False
+    return False
+
+
+def _kill(process: int) -> None:
+    """Ends one of Ray's workers; not whatever else may have its number by now."""
+    try:
+        if Path(f"/proc/{process}/cmdline").read_bytes().startswith(b"ray::"):
+            os.kill(process, signal.SIGKILL)
+    except (FileNotFoundError, ProcessLookupError):
+        pass

@@ -16,15 +16,15 @@ import numpy as np
 import ray
 
 from dpsrl.algo.packing import Update
-from dpsrl.cluster import Cluster, StallError
+from dpsrl.cluster import Cluster, PartyLost, StallError
 from dpsrl.config import Config
 from dpsrl.controller import Controller
 from dpsrl.rollout import RolloutWorker
 from dpsrl.trainer import TrainerWorker
-from dpsrl.types import Rollout, RolloutRequest, UserError
+from dpsrl.types import Rollout, RolloutRequest, Sent
 
 POLL_BUDGET_S = 1.0  # an engine without a finished request reports back after this long
-MAX_SYNC_ATTEMPTS = 3
+MAX_LOST = 4  # times that each engine may be lost without a finished group in between
 
 
 def transfer_backend(config: Config) -> str:
@@ -49,11 +49,10 @@ class ControllerHandle:
     def select(self) -> list[tuple[int, float]]:
         return self._call(self.actor.select)
 
-    def refill(self) -> list[tuple[int, float]]:
-        return self._call(self.actor.refill)
-
-    def admit(self, outcomes: list) -> list[bool]:
-        return self._call(self.actor.admit, outcomes)
+    def admit(self, outcomes: list) -> tuple[list[bool], list[tuple[int, float]]]:
+        """(whether to train on each group, the prompts to roll out in place of those that are not trained on)."""
+        admitted, refill = self.actor.admit.remote(outcomes), self.actor.refill.remote()
+        return tuple(self.cluster.get({self.actor: call}, "answer")[0] for call in (admitted, refill))
 
     def observe(self, ahead: bool = False, begun: tuple[int, ...] = ()) -> dict[str, float]:
         return self._call(self.actor.observe, ahead, begun)
@@ -73,15 +72,27 @@ class ControllerHandle:
     def state_dict(self) -> dict[str, Any]:
         return self._call(self.actor.state_dict)
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._call(self.actor.load_state_dict, state)
+
 
 class RolloutPool:
-    """Every engine: requests are added at any time and come back in the order they finish."""
+    """Every engine: requests are added at any time and come back in the order they finish.
+
+    An engine that dies, fails or keeps silent is handed to `on_lost`, which must put another in its place; what it was
+    working on is then sampled again. So no request is lost, and none counts twice.
+    """
 
     def __init__(self, cluster: Cluster, config: Config, backend: str) -> None:
         self.cluster, self.config, self.backend = cluster, config, backend
         self.outstanding: dict[int, RolloutRequest] = {}
         self.load: dict[Any, int] = {}  # rollouts that each engine has still to make
         self.polls: dict[Any, Any] = {}  # of each engine that has any, one
+        self.on_lost: Callable[[dict[int, str]], None] = self.replace_all
+        self._holders: dict[int, Any] = {}  # of each outstanding request, the engine
+        self._submitted: dict[Any, list[Any]] = {}  # calls that have handed over requests, by engine
+        self._heard_s: dict[Any, float] = {}  # when each engine last answered or was given work
+        self._num_lost = 0  # since the last finished group
         self.engines = [self._start(index) for index in range(config.rollout.num_workers)]
 
     def _start(self, index: int) -> Any:
@@ -96,16 +107,18 @@ class RolloutPool:
         options = self.cluster.engine_options(index)
         return self.cluster.start(RolloutWorker, f"engine-{index}", self.config, self.backend, env=env, options=options)
 
-    def _all(self, what: str, method: str, *args: Any) -> list[Any]:
+    def _all(self, what: str, method: str, *args: Any, deadline_s: float | None = None) -> list[Any]:
         calls = {engine: getattr(engine, method).remote(*args) for engine in self.engines}
-        return self.cluster.get(calls, what)
+        return self.cluster.get(calls, what, deadline_s)
+
+    def wait_until_up(self) -> None:
+        self._all("start", "policy_version", deadline_s=self.config.run.start_s)
 
     def hosts(self) -> list[str]:
-        return self._all("start and name its host", "node_address")
+        return self._all("name its host", "node_address")
 
     def policy_versions(self) -> list[int]:
-        """Also the wait for the engines to be up."""
-        return self._all("start and name its policy version", "policy_version")
+        return self._all("name its policy version", "policy_version")
 
     def add(self, requests: Iterable[RolloutRequest]) -> None:
         """Hands each request to the engine with the least work."""
@@ -115,27 +128,55 @@ class RolloutPool:
             engine = min(self.engines, key=lambda candidate: self.load[candidate])
             shares[engine].append(request)
             self.load[engine] += request.num_rollouts
-            self.outstanding[request.request_id] = request
-        submitted = {engine: engine.submit.remote(share) for engine, share in shares.items() if share}
-        self.cluster.get(submitted, "take prompts")
-        for engine in submitted:
-            self._poll(engine)
+            self.outstanding[request.request_id], self._holders[request.request_id] = request, engine
+        for engine, share in shares.items():
+            if share:
+                self._submitted.setdefault(engine, []).append(engine.submit.remote(share))
+                self._poll(engine)
 
     def _poll(self, engine: Any) -> None:
         if engine not in self.polls.values() and self.load[engine] > 0:
+            self._heard_s[engine] = self.cluster.watchdog.awake_s
             self.polls[engine.poll.remote(POLL_BUDGET_S)] = engine
 
     def finished(self) -> list[tuple[RolloutRequest, list[Rollout]]]:
         """Waits for one engine's answer: its finished requests with their rollouts, none where it has none yet."""
-        ready, _ = ray.wait(list(self.polls), num_returns=1, timeout=self.config.run.stall_s)
-        if not ready:
-            silent = ", ".join(self.cluster.actors[engine] for engine in self.polls.values())
-            raise StallError(f"no engine answered a poll within {self.config.run.stall_s:.0f} s: {silent}")
-        engine = self.polls.pop(ready[0])
-        (finished,) = self.cluster.get({engine: ready[0]}, "generate")
+        stall_s = self.config.run.stall_s
+        until_s = min(self._heard_s[engine] for engine in self.polls.values()) + stall_s
+        ended = self.cluster.ready(list(self.polls), until_s)
+        overdue_s = self.cluster.watchdog.awake_s - stall_s
+        silent = [e for call, e in self.polls.items() if call not in ended and self._heard_s[e] <= overdue_s]
+        if silent:
+            self._lose({engine: f"kept silent for {stall_s:.0f} s" for engine in silent})
+            return []
+        if not ended:
+            return []
+        engine = self.polls.pop(ended[0])
+        try:
+            for call in [*self._submitted.pop(engine, []), ended[0]]:
+                (finished,) = self.cluster.get({engine: call}, "generate")
+        except PartyLost as lost:
+            self._lose({engine: str(lost)})
+            return []
+        except ray.exceptions.RayTaskError as error:
+            self._lose({engine: f"failed: {str(error).strip().splitlines()[-1]}"})
+            return []
+        if finished:
+            self._num_lost = 0
         self.load[engine] -= sum(len(rollouts) for _, rollouts in finished)
         self._poll(engine)  # the engine works on while the caller scores
+        for request_id, _ in finished:
+            del self._holders[request_id]
         return [(self.outstanding.pop(request_id), rollouts) for request_id, rollouts in finished]
+
+    def _lose(self, why: dict[Any, str]) -> None:
+        """Has the engines replaced, and what they were working on sampled again."""
+        self._num_lost += len(why)
+        if self._num_lost > MAX_LOST * len(self.engines):
+            raise StallError(f"engines were lost {self._num_lost} times without a finished group: {why}")
+        homeless = [self.outstanding[i] for i, engine in self._holders.items() if engine in why]
+        self.on_lost({self.engines.index(engine): reason for engine, reason in why.items()})
+        self.add(homeless)
 
     def logprobs(self, token_ids: np.ndarray, indices: Iterable[int]) -> dict[int, tuple[int, np.ndarray]]:
         """(policy version, the canary's logprobs) of the engines at `indices`."""
@@ -155,32 +196,60 @@ class RolloutPool:
         """Takes back the memory of `weights`, then that of the `kv_cache`: both at once would be a peak."""
         self._all("wake up", "wake", part)
 
-    def replace(self, index: int) -> None:
-        """A new engine, with the weights of the model folder: it needs a sync before it may serve."""
-        self.cluster.kill(self.engines[index])
-        self.engines[index] = self._start(index)
+    def replace_all(self, lost: dict[int, str]) -> None:
+        """New engines, with the weights of the model folder: they need a sync before they may serve a later policy."""
+        for index in lost:
+            old = self.engines[index]
+            self.polls = {call: engine for call, engine in self.polls.items() if engine != old}
+            for kept in (self.load, self._submitted, self._heard_s):
+                kept.pop(old, None)
+            self.cluster.kill(old)
+            self.engines[index] = self._start(index)
+        self.wait_until_up()
 
 
 class SyncClient:
     """vLLM's weight-sync client, spoken by trainer rank 0 to every engine at once.
 
-    An engine that fails is left out of the rest of the update and listed in `failures`; it keeps its old
-    policy version, and whoever ordered the sync replaces it.
+    An engine works its calls off in order, so that only the last needs to be waited for, and whatever must outlive a
+    call. One that fails is left out of the rest of the update and listed in `failures`; it keeps its old policy
+    version, and whoever ordered the sync replaces it.
     """
 
     def __init__(self, engines: list[Any], expected: list, deadline_s: float, gpus_per_engine: int) -> None:
         self.engines = dict(enumerate(engines))
         self.expected, self.deadline_s, self.gpus_per_engine = expected, deadline_s, gpus_per_engine
         self.policy_version = 0
+        self.canary: np.ndarray | None = None
         self.failures: dict[int, str] = {}
+        self.answers: dict[int, tuple[int, np.ndarray]] = {}  # of the last update: policy version, canary's logprobs
+        self._pending: list[dict[int, Any]] = []
+        self._open: list[Any] = []  # files that pending calls read
 
-    def _each(self, calls: dict[int, Any]) -> None:
-        for index, call in calls.items():
-            try:
-                ray.get(call, timeout=self.deadline_s)
-            except ray.exceptions.RayError as error:
-                self.failures[index] = str(error).strip().splitlines()[-1]
-                del self.engines[index]
+    def _submit(self, method: str, *args: Any) -> None:
+        self._pending.append({index: getattr(engine, method).remote(*args) for index, engine in self.engines.items()})
+
+    def _wait(self) -> dict[int, Any]:
+        """Results of the last call submitted, by engine. One deadline for them all."""
+        results: dict[int, Any] = {}
+        end = time.monotonic() + self.deadline_s
+        for calls in self._pending:
+            results = {}
+            for index, call in calls.items():
+                if index not in self.engines:
+                    continue
+                try:
+                    results[index] = ray.get(call, timeout=max(0.01, end - time.monotonic()))
+                except ray.exceptions.GetTimeoutError:
+                    self.failures[index] = f"did not take weights within {self.deadline_s:.0f} s"
+                    del self.engines[index]
+                except ray.exceptions.RayError as error:
+                    self.failures[index] = str(error).strip().splitlines()[-1]
+                    del self.engines[index]
+        self._pending = []
+        while self._open:
+            self._open.pop().close()
+        return results
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         calls = {}
@@ -189,17 +258,31 @@ class SyncClient:
             if "rank_offset" in own:  # each engine's workers follow the trainer and the engines before
                 own["rank_offset"] = 1 + index * self.gpus_per_engine
             calls[index] = engine.init_weight_transfer.remote(own, self.expected)
-        self._each(calls)
+        self._pending.append(calls)
+        self._wait()
 
     def start_weight_update(self) -> None:
-        self._each({index: engine.start_weight_update.remote() for index, engine in self.engines.items()})
+        self._submit("start_weight_update")
 
     def update_weights(self, update_info: Any) -> None:
-        self._each({index: engine.update_weights.remote(update_info) for index, engine in self.engines.items()})
+        self._submit("update_weights", update_info)
+        self._wait()
+
+    def update_from(self, file: Any, update_info: Any) -> None:
+        """Like `update_weights`, and goes on: the file is closed once the engines have read it.
+
+        That is before the next bucket, so that there are never more than two in memory.
+        """
+        self._wait()
+        self._submit("update_weights", update_info)
+        self._open.append(file)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        version = self.policy_version
-        self._each({index: engine.finish_weight_update.remote(version) for index, engine in self.engines.items()})
+        self._submit("finish_weight_update", self.policy_version, self.canary)
+
+    def wait(self) -> None:
+        """Until every engine has finished, or is listed in `failures`."""
+        self.answers = self._wait()
 
 
 class TrainerPool:
@@ -207,6 +290,7 @@ class TrainerPool:
 
     def __init__(self, cluster: Cluster, config: Config, backend: str) -> None:
         self.cluster, self.config, self.backend = cluster, config, backend
+        self.under_way: dict[Any, Any] = {}  # calls of the updates that were begun and not yet finished
         num_ranks = config.trainer.num_workers
         threads = cluster.threads(num_ranks)
         env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
@@ -227,15 +311,16 @@ class TrainerPool:
             for rank in range(num_ranks)
         ]
 
-    def _all(self, what: str, method: str, *args: Any) -> list[Any]:
-        return self.cluster.get({rank: getattr(rank, method).remote(*args) for rank in self.ranks}, what)
+    def _all(self, what: str, method: str, *args: Any, deadline_s: float | None = None) -> list[Any]:
+        return self.cluster.get({rank: getattr(rank, method).remote(*args) for rank in self.ranks}, what, deadline_s)
 
     def start(self) -> None:
         """Loads the model on every rank, once rank 0 has named where the others meet it."""
         first = self.ranks[0]
-        host = "127.0.0.1" if self.cluster.local else self.cluster.get({first: first.node_address.remote()}, "start")[0]
-        (port,) = self.cluster.get({first: first.free_port.remote()}, "start")
-        self._all("start", "start", host, port)
+        start_s = self.config.run.start_s
+        (host,) = self.cluster.get({first: first.node_address.remote()}, "start", start_s)
+        (port,) = self.cluster.get({first: first.free_port.remote()}, "start", start_s)
+        self._all("start", "start", "127.0.0.1" if self.cluster.local else host, port, deadline_s=start_s)
 
     def hosts(self) -> list[str]:
         return self._all("name its host", "node_address")
@@ -245,25 +330,38 @@ class TrainerPool:
         self.num_weight_bytes = sum(meta.num_bytes for meta in expected)
         width = self.config.rollout.tensor_parallel
         client = SyncClient(rollouts.engines, expected, self.config.run.stall_s, width)
-        self._all("connect to the engines", "connect", client, self.backend, len(rollouts.engines) * width)
+        num_gpus = len(rollouts.engines) * width
+        deadline_s = 3 * self.config.run.stall_s
+        self._all("connect to the engines", "connect", client, self.backend, num_gpus, deadline_s=deadline_s)
 
-    def send_weights(self, policy_version: int) -> dict[int, str]:
-        """Sends to every engine; the failures by engine index."""
-        return self._all("send its weights", "send_weights", policy_version)[0]
+    def send_weights(self, policy_version: int, canary: np.ndarray | None) -> Sent:
+        """Sends to every engine, which score the canary then, where one is given, as the trainer does."""
+        # An engine that keeps silent is left out after run.stall_s, by the rank that sends.
+        deadline_s = 3 * self.config.run.stall_s
+        return self._all("send its weights", "send_weights", policy_version, canary, deadline_s=deadline_s)[0]
 
     def begin(self, updates: list[Update]) -> dict[Any, Any]:
         """Starts a step's updates; `finish` waits for them."""
-        return {
+        self.under_way = {
             rank: rank.train_step.remote([(u.ranks[index], u.total_weight, u.trained_weight) for u in updates])
             for index, rank in enumerate(self.ranks)
         }
+        return self.under_way
 
     def running(self, calls: dict[Any, Any]) -> bool:
         return bool(ray.wait(list(calls.values()), num_returns=len(calls), timeout=0)[1])
 
     def finish(self, calls: dict[Any, Any]) -> dict[str, float]:
         """Metrics of the step's updates."""
-        return self.cluster.get(calls, "train")[0]
+        metrics = self.cluster.get(calls, "train")[0]
+        self.under_way = {}
+        return metrics
+
+    def settle(self) -> bool:
+        """Waits for updates under way, if there are any, without taking their metrics; whether there were."""
+        if self.under_way:
+            self.cluster.get(self.under_way, "train")
+        return bool(self.under_way)
 
     def accumulate(self, update: Update) -> dict[Any, Any]:
         """Starts on a part of an update that `begin_update` will end."""
@@ -271,9 +369,8 @@ class TrainerPool:
 
     def begin_update(self, total_weight: float, trained_weight: float) -> dict[Any, Any]:
         """Starts the optimizer's step on what was accumulated; `finish` waits for it."""
-        for rank in self.ranks:
-            rank.update.remote(total_weight, trained_weight)
-        return {rank: rank.finish_step.remote(1) for rank in self.ranks}
+        self.under_way = {rank: rank.end_step.remote(total_weight, trained_weight) for rank in self.ranks}
+        return self.under_way
 
     def reference_log_ratios(self, update: Update) -> np.ndarray:
         """float64, for each rollout that is laid out, sum over its tokens of log p_engine - log p_reference."""
@@ -302,98 +399,10 @@ class TrainerPool:
     def save_model(self, folder: Path) -> None:
         self._all("save the model", "save_model", str(folder))
 
+    def save_state(self, folder: Path) -> None:
+        """Weights, moments and counts, for `load_state` of any number of ranks at any ZeRO stage."""
+        self._all("save its state", "save_state", str(folder))
 
-class Weights:
-    """Owns the policy version, the proof after each sync that both ends hold the same weights, and whose turn it is.
-
-    The proof is a canary: one fixed token sequence, whose logprobs both ends compute; with weight_sync.checksum, a hash
-    of every tensor too. An engine that failed its update, reports another version or disagrees is replaced, never
-    served from. Where engines and trainer share GPUs, the one side's memory is free while it is the other's turn.
-    """
-
-    def __init__(
-        self,
-        trainers: TrainerPool,
-        rollouts: RolloutPool,
-        config: Config,
-        canary: np.ndarray,
-        say: Callable[[str], None] = print,
-    ) -> None:
-        self.trainers, self.rollouts, self.config, self.canary, self.say = trainers, rollouts, config, canary, say
-        self.policy_version = 0
-        self.num_replaced = 0
-        self.take_turns = config.cluster.placement == "colocate"
-        self._check_hosts()
-        trainers.connect(rollouts)
-
-    def _check_hosts(self) -> None:
-        if transfer_backend(self.config) == "shared_memory":
-            hosts = sorted({*self.trainers.hosts(), *self.rollouts.hosts()})
-            if len(hosts) > 1:
-                raise UserError(
-                    f"weights travel by shared memory, and the run is spread over {', '.join(hosts)}: "
-                    "use one machine, or GPUs"
-                )
-
-    def check(self, failures: dict[int, str]) -> tuple[float, dict[int, str]]:
-        """Largest canary difference in nats among sound engines, and why the others are not."""
-        faults, worst = dict(failures), 0.0
-        expected = self.trainers.begin_logprobs(self.canary)  # both ends compute at the same time
-        sound = [index for index in range(len(self.rollouts.engines)) if index not in faults]
-        answers = self.rollouts.logprobs(self.canary, sound)
-        reference = self.trainers.cluster.get(expected, "score the canary")[0]
-        for index, (version, logprobs) in answers.items():
-            difference = float(np.abs(logprobs - reference).mean())
-            if version != self.policy_version:
-                faults[index] = f"reports policy version {version}, not {self.policy_version}"
-            elif difference <= self.config.weight_sync.canary_tolerance:
-                worst = max(worst, difference)
-            else:
-                faults[index] = f"differs from the trainer by {difference:.4f} nats on the canary"
-        if self.config.weight_sync.checksum:
-            faults |= self._compare_checksums([index for index in sound if index not in faults])
-        return worst, faults
-
-    def _compare_checksums(self, indices: list[int]) -> dict[int, str]:
-        faults, sent = {}, self.trainers.checksums()
-        for index, held in self.rollouts.checksums(indices).items():
-            if other := [name for name, checksum in sent.items() if held.get(name) != checksum]:
-                faults[index] = f"holds other weights than the trainer in {len(other)} tensors, the first is {other[0]}"
-        return faults
-
-    def verify_start(self) -> None:
-        """Raises unless every engine has loaded the same weights as the trainer."""
-        _, faults = self.check({})
-        if faults:
-            raise RuntimeError(f"engines and trainer differ before the first step: {faults}")
-        if self.take_turns:
-            self.trainers.sleep()
-
-    def begin_training(self) -> None:
-        """The trainer's turn, until `send`."""
-        if self.take_turns:
-            self.rollouts.sleep()
-            self.trainers.wake()
-
-    def send(self, policy_version: int) -> dict[str, float]:
-        """Metrics of the sync, after the trainer's weights have become `policy_version` on every engine."""
-        self.policy_version = policy_version
-        for _ in range(MAX_SYNC_ATTEMPTS):
-            if self.take_turns:
-                self.rollouts.wake("weights")
-            started = time.monotonic()
-            failures = self.trainers.send_weights(policy_version)
-            elapsed_s = time.monotonic() - started
-            if self.take_turns:  # the canary needs the key-value cache
-                self.trainers.sleep()
-                self.rollouts.wake("kv_cache")
-            worst, faults = self.check(failures)
-            if not faults:
-                rate = self.trainers.num_weight_bytes * len(self.rollouts.engines) / elapsed_s / 1e9
-                return {"sync/canary_diff": worst, "sync/gb_per_s": rate}
-            for index, fault in faults.items():
-                self.say(f"engine-{index} {fault}: replacing it")
-                self.rollouts.replace(index)
-                self.num_replaced += 1
-            self.trainers.connect(self.rollouts)
-        raise RuntimeError(f"weight sync to version {policy_version} failed {MAX_SYNC_ATTEMPTS} times: {faults}")
+    def load_state(self, folder: Path) -> None:
+        """UserError where the folder is not whole or belongs to another model."""
+        self._all("load its state", "load_state", str(folder))

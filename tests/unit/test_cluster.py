@@ -24,7 +24,7 @@ def test_a_ctrl_c_that_python_drops_is_remembered():
         assert interrupts == [signal.SIGINT]
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-        cluster = SimpleNamespace(_interrupts=interrupts, actors={"a": "engine-0"})
+        cluster = SimpleNamespace(_interrupts=interrupts)
         with pytest.raises(KeyboardInterrupt):
-            Cluster.get(cluster, {"a": None}, "answer")
+            Cluster.ready(cluster, [None], 1.0)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

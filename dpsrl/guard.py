@@ -1,0 +1,114 @@
+"""Nothing of a run outlives it: a small process that ends all the others once the driver is gone, however that ended.
+
+Ray ends its own processes when a driver is killed, but not all of them, and none that is stopped. The guard follows
+what the driver names and all that this starts, by parent: names and environments of processes are rewritten by Ray.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+
+LOOK_EVERY_S = 1.0
+GRACE_S = 2.0  # for Ray to end its processes by itself
+SWEEPS = 50
+
+
+class Guard:
+    """The driver's end; a context manager. Leaving it ends everything that is followed. Linux; elsewhere it is idle."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", __file__],
+            stdin=subprocess.PIPE,  # closes when this process dies
+            start_new_session=True,  # out of reach of Ctrl-C
+        )
+
+    def follow(self, pids: Iterable[int]) -> None:
+        self._process.stdin.write(" ".join(map(str, pids)).encode() + b"\n")
+        self._process.stdin.flush()
+
+    def __enter__(self) -> Guard:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def parents() -> dict[int, tuple[int, str]]:
+    """Of every process on this machine its parent and the time it was started, in the kernel's ticks."""
+    found = {}
+    for name in os.listdir("/proc") if os.path.isdir("/proc") else ():
+        if name.isdigit():
+            try:
+                with open(f"/proc/{name}/stat", "rb") as file:
+                    fields = file.read().rpartition(b")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if fields[0] != b"Z":
+                found[int(name)] = int(fields[1]), fields[19].decode()
+    return found
+
+
+def children(pid: int) -> set[int]:
+    return {child for child, (parent, _) in parents().items() if parent == pid}
+
+
+class Followed:
+    """Processes by id, with the time each was started, so that a number given anew is not taken for the old one."""
+
+    def __init__(self) -> None:
+        self.started: dict[int, str] = {}
+
+    def add(self, pids: Iterable[int]) -> None:
+        known = parents()
+        self.started |= {pid: known[pid][1] for pid in pids if pid in known}
+
+    def look(self) -> list[int]:
+        """Takes in what the followed ones have started; those that are alive."""
+        known = parents()
+        self.started = {pid: at for pid, at in self.started.items() if pid in known and known[pid][1] == at}
+        grown = True
+        while grown:
+            more = {pid: at for pid, (parent, at) in known.items() if parent in self.started}
+            grown = not more.keys() <= self.started.keys()
+            self.started |= more
+        return list(self.started)
+
+    def end(self) -> None:
+        for _ in range(SWEEPS):
+            if not (alive := self.look()):
+                return
+            for pid in alive:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+            time.sleep(0.1)
+
+
+def main() -> None:
+    """Lines of process ids on stdin, until its other end is gone."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    followed = Followed()
+    while True:
+        if select.select([0], [], [], LOOK_EVERY_S)[0]:
+            data = os.read(0, 1 << 16)
+            if not data:
+                break
+            followed.add(map(int, data.split()))
+        followed.look()
+    end = time.monotonic() + GRACE_S
+    while followed.look() and time.monotonic() < end:
+        time.sleep(0.1)
+    followed.end()
+
+
+if __name__ == "__main__":
+    main()

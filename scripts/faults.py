@@ -1,0 +1,218 @@
+"""Faults in real runs: every party killed or frozen in every phase, or at random for hundreds of steps.
+
+    python scripts/faults.py matrix [REPEATS] [WORD ...]   party x phase x signal -> runs/faults.json and a table;
+                                                           words narrow it down: engine, save, SIGSTOP
+    python scripts/faults.py soak [STEPS]                  random faults -> runs/soak.json
+
+A run is the quickstart's at a small size. Each cell of the matrix strikes once, in a step of its own of one long run
+(the driver's cells end the process, and the run is taken up with resume=auto). A struck process is signalled some
+milliseconds into the phase. The run must end with exit code 0, every rollout accounted for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+PARTIES = ("engine", "reward", "trainer", "controller", "driver")
+PHASES = ("select", "generate", "score", "train", "sync", "save", "evaluate")
+SIGNALS = ("SIGKILL", "SIGSTOP")
+STALL_S = 12.0
+FREEZE_DRIVER_S = 20.0
+SMALL = [
+    "+recipe=quickstart", "data.countdown.num_train=128", "data.countdown.num_test=16", "train.batch=8",
+    "rollout.num_rollouts=4", "eval.num_rollouts=2", "eval.every=1", "checkpoint.every=1", "reward.deadline_s=2",
+    "resume=auto", f"run.stall_s={STALL_S}", "run.start_s=300", "run.max_restarts=1000",
+]  # fmt: skip
+
+
+# --- in the run's own process -----------------------------------------------------------------------------
+
+
+class Strikes:
+    """Signals a party of the run when a phase begins, by a plan: step -> (party, phase, signal), each once."""
+
+    def __init__(self, plan: dict[str, list[str]], done_file: Path) -> None:
+        self.plan, self.done_file = plan, done_file
+        self.done = set(done_file.read_text().split()) if done_file.exists() else set()
+        self.run: Any = None
+
+    def begins(self, phase: str) -> None:
+        step = str(self.run.driver.step + 1) if self.run else ""
+        if step not in self.plan or step in self.done or self.plan[step][1] != phase:
+            return
+        self.done.add(step)
+        with self.done_file.open("a") as file:
+            file.write(f"{step}\n")
+        delay_s = random.Random(step + phase).choice([0.0, 0.005, 0.03])
+        threading.Timer(delay_s, self._strike, self.plan[step][::2]).start()
+
+    def _strike(self, party: str, name: str) -> None:
+        pids = {**self.run.cluster.processes(), "driver": os.getpid()}
+        for place, pid in enumerate(self.run.groups.scorer.pids()):
+            pids[f"reward-{place}"] = pid
+        victim = next(pid for known, pid in sorted(pids.items()) if known.startswith(party))
+        if party == "driver" and name == "SIGSTOP":  # nobody else would let it go on
+            subprocess.Popen(["sh", "-c", f"sleep {FREEZE_DRIVER_S}; kill -CONT {victim}"], start_new_session=True)
+        os.kill(victim, getattr(signal, name))
+
+
+def worker(plan_file: str, arguments: list[str]) -> int:
+    import dpsrl.train
+    from dpsrl.evaluate import Benchmarks
+    from dpsrl.pools import ControllerHandle, RolloutPool, TrainerPool
+    from dpsrl.rewards import Scorer
+
+    strikes = Strikes(json.loads(Path(plan_file).read_text()), Path(plan_file + ".done"))
+
+    def before(cls: type, method: str, phase: str) -> None:
+        original = getattr(cls, method)
+
+        def struck(self: Any, *args: Any, **kwargs: Any) -> Any:
+            strikes.begins(phase)
+            return original(self, *args, **kwargs)
+
+        setattr(cls, method, struck)
+
+    launch = dpsrl.train.launch
+
+    def watched_launch(*args: Any) -> Any:
+        strikes.run = None
+        strikes.run = launch(*args)
+        return strikes.run
+
+    dpsrl.train.launch = watched_launch
+    before(ControllerHandle, "select", "select")
+    before(RolloutPool, "finished", "generate")
+    before(Scorer, "score", "score")
+    before(TrainerPool, "begin", "train")
+    before(TrainerPool, "send_weights", "sync")
+    before(TrainerPool, "save_state", "save")
+    before(Benchmarks, "evaluate", "evaluate")
+    return dpsrl.train.main(arguments)
+
+
+# --- outside ----------------------------------------------------------------------------------------------
+
+
+def run_with(plan: dict[str, tuple[str, str, str]], folder: Path, steps: int, extra: list[str]) -> dict[str, Any]:
+    """Runs to the end, taken up again as often as a driver's strike ended it; what came of it."""
+    plan_file = folder / "plan.json"
+    plan_file.write_text(json.dumps(plan))
+    command = [sys.executable, __file__, "worker", str(plan_file), *SMALL, f"run.dir={folder / 'run'}",
+               f"train.steps={steps}", *extra]  # fmt: skip
+    codes, output = [], ""
+    expected_kills = sum(cell[0] == "driver" and cell[2] == "SIGKILL" for cell in plan.values())
+    while not codes or (codes[-1] == -signal.SIGKILL and len(codes) <= expected_kills):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        codes.append(done.returncode)
+        output += done.stdout + done.stderr
+        (folder / "output.txt").write_text(output)
+        print(f"ended with {done.returncode}", flush=True)
+    summary_file = folder / "run/summary.json"
+    summary = json.loads(summary_file.read_text()) if summary_file.exists() else {}
+    struck_file = Path(f"{plan_file}.done")
+    struck = set(struck_file.read_text().split()) if struck_file.exists() else set()
+    return {"codes": codes, "summary": summary, "output": output, "struck": struck}
+
+
+def left_over(folder: Path) -> list[str]:
+    """Processes of this run, and memory files, after half a minute."""
+    time.sleep(30)
+    listing = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True, check=True).stdout
+    mine = [line for line in listing.splitlines() if str(folder) in line and "faults.py" in line]
+    ray = [line for line in listing.splitlines() if "ray::" in line or "dpsrl.rewards.worker" in line]
+    return mine + ray + [str(path) for path in Path("/dev/shm").glob("dpsrl*")]
+
+
+def matrix(repeats: int, words: list[str]) -> int:
+    cells = [
+        cell for cell in product(PARTIES, PHASES, SIGNALS)
+        if all(any(word == part for part in cell) or word not in {*PARTIES, *PHASES, *SIGNALS} for word in words)
+    ]  # fmt: skip
+    report = []
+    for repeat in range(repeats):
+        for party in dict.fromkeys(cell[0] for cell in cells):
+            plan = {str(2 + i): cell for i, cell in enumerate(c for c in cells if c[0] == party)}
+            with tempfile.TemporaryDirectory() as folder:
+                started = time.monotonic()
+                result = run_with(plan, Path(folder), 3 + len(plan), [f"seed={repeat}"])
+                rest = left_over(Path(folder))
+                Path(f"runs/faults-{party}-{repeat}.txt").write_text(result["output"])
+            holds = bool(result["summary"].get("rollouts", {}).get("holds"))
+            row = {
+                "party": party, "repeat": repeat, "cells": sorted(map(list, plan.values())), "codes": result["codes"],
+                "holds": holds, "num_struck": len(result["struck"]), "left_over": rest,
+                "num_restarts": result["summary"].get("num_restarts"), "s": time.monotonic() - started,
+            }  # fmt: skip
+            report.append(row)
+            Path("runs/faults.json").write_text(json.dumps(report, indent=1))
+            print({key: value for key, value in row.items() if key != "cells"}, flush=True)
+    good = all(
+        row["codes"][-1] == 0 and row["holds"] and not row["left_over"] and row["num_struck"] == len(row["cells"])
+        for row in report
+    )
+    print("all cells ended well" if good else "FAILED")
+    return 0 if good else 1
+
+
+def soak(steps: int) -> int:
+    rng = random.Random(0)
+    plan = {
+        str(step): (rng.choice(PARTIES), rng.choice(PHASES), rng.choice(SIGNALS))
+        for step in range(2, steps) if rng.random() < 0.1
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        memory, ended = [], threading.Event()
+        sampler = threading.Thread(target=sample_memory, args=(memory, ended))
+        sampler.start()
+        result = run_with(plan, Path(folder), steps, ["eval.every=50", "checkpoint.every=5"])
+        ended.set()
+        sampler.join()
+        rest = left_over(Path(folder))
+    third = max(1, len(memory) // 3)
+    report = {
+        "steps": steps, "faults": len(result["struck"]), "codes": result["codes"], "summary": result["summary"],
+        "left_over": rest, "gib_first_third": max(memory[:third]), "gib_last_third": max(memory[-third:]),
+    }  # fmt: skip
+    Path("runs/soak.json").write_text(json.dumps(report, indent=1))
+    print({key: value for key, value in report.items() if key != "summary"}, report["summary"].get("rollouts"))
+    good = result["codes"][-1] == 0 and report["summary"]["rollouts"]["holds"] and not rest
+    return 0 if good and report["gib_last_third"] < 1.2 * report["gib_first_third"] else 1
+
+
+def sample_memory(memory: list[float], ended: threading.Event) -> None:
+    """Proportional set size in GiB of all below this process, every few seconds."""
+    import psutil
+
+    while not ended.wait(5):
+        total = 0
+        for process in psutil.Process().children(recursive=True):
+            try:
+                total += process.memory_full_info().pss
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        memory.append(total / 2**30)
+
+
+if __name__ == "__main__":
+    kind, *rest = sys.argv[1:] or [""]
+    Path("runs").mkdir(exist_ok=True)
+    if kind == "worker":
+        sys.exit(worker(rest[0], rest[1:]))
+    if kind == "matrix":
+        numbers = [int(word) for word in rest if word.isdigit()]
+        sys.exit(matrix(numbers[0] if numbers else 1, [word for word in rest if not word.isdigit()]))
+    if kind == "soak":
+        sys.exit(soak(int(rest[0]) if rest else 500))
+    print(__doc__)
