@@ -40,7 +40,13 @@ def key(default: Any, text: str, *, ge=None, gt=None, le=None, choices: tuple = 
 class RunConfig:
     name: str = key("run", "first part of the default run folder's name")
     dir: str = key("", "run folder; empty: runs/<run.name>-<time>")
-    stall_s: float = key(1800.0, "seconds that any one wait on another process may take before the run ends", gt=0)
+    stall_s: float = key(
+        1800.0, "seconds that another process may keep silent before it is taken for lost; more than a step takes", gt=0
+    )
+    start_s: float = key(1800.0, "seconds that a process may take to start", gt=0)
+    max_restarts: int = key(
+        3, "times that a run goes back to its last checkpoint by itself, a trainer or the controller being lost", ge=0
+    )
 
 
 @dataclass
@@ -70,6 +76,8 @@ class DataConfig:
     prompt_key: str = key("problem", "column of the problem text")
     answer_key: str = key("answer", "column of the reference answer")
     instruction: str = key("{problem}", "the user message; {problem} is replaced by the problem text")
+    max_bad_share: float = key(0.3, "share of rows that may be unusable (malformed, without problem or answer, "
+                               "duplicated, too large) before the data set is refused", ge=0, le=1)  # fmt: skip
     countdown: CountdownConfig = field(default_factory=CountdownConfig)
 
 
@@ -78,6 +86,9 @@ class RewardConfig:
     fn: str = key("math", "'math', 'countdown', or 'my_module:function' of (response, answer)")
     num_workers: int = key(1, "scoring processes", ge=1)
     deadline_s: float = key(5.0, "seconds one response may take; over it the reward is missing, not 0", gt=0)
+    max_missing_share: float = key(
+        0.5, "share of a batch's rewards that may be missing before the run ends", ge=0, le=1
+    )
     overlong_tokens: int = key(0, "over the last so many tokens of the limit the reward falls by up to 1; 0: off", ge=0)
 
 
@@ -184,6 +195,7 @@ class TrainerConfig:
     beta1: float = key(0.9, "AdamW beta 1", ge=0, le=1)
     beta2: float = key(0.999, "AdamW beta 2", ge=0, le=1)
     max_grad_norm: float = key(1.0, "gradients are scaled down to this norm", gt=0)
+    max_skipped: int = key(5, "updates in a row that may be skipped, not being finite, before the run ends", ge=1)
     gradient_checkpointing: bool = key(False, "recompute activations in the backward pass")
     offload: str = key("none", "kept in the host's memory; all: parameters too", choices=("none", "optimizer", "all"))
     compile: bool = key(False, "torch.compile: minutes at the first step, faster afterwards")
@@ -211,7 +223,7 @@ class EvalConfig:
 @dataclass
 class CheckpointConfig:
     every: int = key(0, "steps between checkpoints; 0: only the last step's", ge=0)
-    keep: int = key(2, "checkpoints kept", ge=1)
+    keep: int = key(2, "checkpoints kept, besides the best one by the first benchmark", ge=1)
 
 
 @dataclass
@@ -248,7 +260,7 @@ class LogConfig:
 class Config:
     seed: int = key(0, "every random generator starts from it", ge=0)
     dry_run: bool = key(False, "check everything, print the plan, start nothing")
-    resume: str = key("no", "'no', 'auto', or a checkpoint folder")
+    resume: str = key("no", "'no', 'auto' (the newest whole checkpoint in run.dir, if any), or a checkpoint folder")
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -463,8 +475,6 @@ def _check_together(config: Config) -> None:
             f"{config.model.max_response_tokens}: choose at most that"
         )
     OutcomeRule(config.selection.unsolved_at, config.selection.solved_at, config.selection.min_spread)
-    if config.resume != "no":
-        raise UserError(f"resume={config.resume} is not built yet: start a new run with resume=no")
 
 
 def _check_overlap(config: Config) -> None:
@@ -474,6 +484,11 @@ def _check_overlap(config: Config) -> None:
                             ("rollout.spare_share", config.rollout.spare_share)):  # fmt: skip
             if value:
                 raise UserError(f"{name}={value} needs cluster.placement=split: with colocate the sides take turns")
+    if config.cluster.placement == "colocate" and config.cluster.device == "gpu" and config.trainer.zero_stage == 3:
+        raise UserError(
+            "cluster.placement=colocate with trainer.zero_stage=3: DeepSpeed cannot put its state aside there; use "
+            "trainer.zero_stage=2, or cluster.placement=split"
+        )
     if train.streaming and (train.max_lag or train.num_updates > 1):
         raise UserError(
             f"train.streaming=true needs train.max_lag=0 and train.num_updates=1, and they are {train.max_lag} and "
@@ -498,6 +513,8 @@ def _has_countdown(config: Config) -> bool:
 # (key prefix, does it have an effect?, why not): a key set on the command line for nothing is refused.
 _EFFECTS: list[tuple[str, Callable[[Config], bool], str]] = [
     ("data.countdown.", _has_countdown, "neither data.train nor eval.benchmarks is countdown"),
+    ("data.max_bad_share", lambda c: c.data.train != "countdown" or any(
+        not b.startswith("countdown") and b != "train" for b in c.eval.benchmarks), "all data is Countdown's own"),
     ("data.eval_dir", lambda c: any(b != "train" and not b.startswith("countdown") and "/" not in b
                                     for b in c.eval.benchmarks),
      "no benchmark in eval.benchmarks is read from a folder"),

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dpsrl.checkpoint import RunFolder, check_model_folder
+from dpsrl.checkpoint import CheckpointError, check_model_folder
 from dpsrl.cluster import Cluster, StallError
 from dpsrl.config import Config, help_text, load_config
 from dpsrl.data.build import benchmark_prompts, load_tokenizer
@@ -26,6 +26,7 @@ from dpsrl.groups import EVALUATION, GroupStream
 from dpsrl.pools import RolloutPool, transfer_backend
 from dpsrl.resources import check_here, num_local_gpus, resource_plan
 from dpsrl.rewards import Scorer
+from dpsrl.run_folder import RunFolder
 from dpsrl.screen import Screen
 from dpsrl.selection.outcomes import OutcomeRule
 from dpsrl.types import Group, UserError
@@ -64,6 +65,7 @@ class Benchmarks:
 
     def __exit__(self, *error: object) -> None:
         self._open.close()
+        self._scorers.clear()
 
     def scorer(self, name: str) -> Scorer:
         """Countdown checks itself; the others take the run's reward, or math where that is Countdown's."""
@@ -100,13 +102,13 @@ def evaluate(name: str, groups: GroupStream, config: Config, step: int, folder: 
             step=0,  # every evaluation of a run draws with the same seeds: differences are the policy's
         )
         while groups.pending:
-            group, texts = groups.next()
-            finished.append(group)
-            if responses:
-                _write_responses(responses, name, step, groups.prompts[group.index], group, texts)
-                num_solved, num_rollouts = rule.counts(group.rewards_G)
-                line = {"prompt_id": group.prompt_id, "num_solved": num_solved, "num_rollouts": num_rollouts}
-                pass_rates.write(json.dumps(line) + "\n")
+            for group, texts in groups.take():
+                finished.append(group)
+                if responses:
+                    _write_responses(responses, name, step, groups.prompts[group.index], group, texts)
+                    num_solved, num_rollouts = rule.counts(group.rewards_G)
+                    line = {"prompt_id": group.prompt_id, "num_solved": num_solved, "num_rollouts": num_rollouts}
+                    pass_rates.write(json.dumps(line) + "\n")
     finished.sort(key=lambda group: group.index)
     solved_N = np.array([group.num_solved for group in finished])
     scored_N = np.array([group.num_scored for group in finished])
@@ -169,7 +171,7 @@ def exit_code(program: str, action: Callable[[], None]) -> int:
     """0, or what an entry ends with: 2 after one sentence for a mistake or a stall, 130 after Ctrl-C."""
     try:
         action()
-    except (UserError, StallError) as error:
+    except (UserError, StallError, CheckpointError) as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -205,7 +207,7 @@ def run(config: Config) -> None:
                 screen.line(sentence)
         cluster = stack.enter_context(Cluster(config, folder.logs, with_trainer=False))
         rollouts = RolloutPool(cluster, config, transfer_backend(config))
-        rollouts.policy_versions()
+        rollouts.wait_until_up()
         results = benchmarks.evaluate(rollouts, 0, folder.path)
         screen.console.print(results_table(results))
         folder.summary.write_text(json.dumps([vars(result) for result in results], indent=1))

@@ -1,38 +1,41 @@
 """From the configuration to the parts of a run: what can be checked before anything starts, then every process.
 
-Owns `Run`, the preflight with the sentences it prints, and the start of all actors. What a step does with them is in
-`train.py`.
+Owns `Run`, the preflight with the sentences it prints, and the start of all actors, new or from a checkpoint. What a
+step does with them is in `train.py`.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from omegaconf import OmegaConf
 
-from dpsrl.checkpoint import RunFolder, check_model_folder
+from dpsrl.checkpoint import Checkpoint, check_model_folder, read_state
 from dpsrl.cluster import Cluster
 from dpsrl.config import CONTROLLER_KEYS, Config
 from dpsrl.data.build import load_tokenizer, training_prompts
 from dpsrl.data.prompts import PromptSet
 from dpsrl.early import EarlyTraining
 from dpsrl.evaluate import Benchmarks
-from dpsrl.groups import GroupStream
+from dpsrl.groups import TRAINING, GroupStream
 from dpsrl.metrics import GroupLog, Metrics, WandbSink
-from dpsrl.pools import ControllerHandle, RolloutPool, TrainerPool, Weights, transfer_backend
+from dpsrl.pools import ControllerHandle, RolloutPool, TrainerPool, transfer_backend
 from dpsrl.prior import Prior, read_prior
 from dpsrl.resources import check_here, resource_plan
+from dpsrl.resume import Driver, check_same_run, choose_checkpoint, read_driver
 from dpsrl.rewards import Scorer, check_function
+from dpsrl.run_folder import RunFolder
 from dpsrl.screen import Screen
 from dpsrl.selection import build_selector
 from dpsrl.selection.outcomes import OutcomeRule
-from dpsrl.types import Group, UserError
+from dpsrl.types import UserError
+from dpsrl.weights import Weights
 
 MAX_CANARY_TOKENS = 256
 
@@ -42,27 +45,31 @@ class Run:
     """The parts of a run, and what goes from one step to the next."""
 
     config: Config
-    folder: RunFolder
+    checked: Checked
     screen: Screen
-    tokenizer: Any
+    cluster: Cluster
     controller: ControllerHandle
     groups: GroupStream
     rollouts: RolloutPool
     trainers: TrainerPool
     weights: Weights
-    benchmarks: Benchmarks
     metrics: Metrics
     group_log: GroupLog
     outcome_rule: OutcomeRule
-    admitted: dict[int, Group] = field(default_factory=dict)  # not yet in a batch
-    predicted: dict[int, float] = field(default_factory=dict)  # P(mixed) of the prompts under way
-    batches: deque[Any] = field(default_factory=deque)  # generated, not yet trained on
-    num_generated: int = 0  # batches
-    num_rollouts: int = 0
-    num_trained: int = 0
+    driver: Driver  # what is saved of all this
     generating_s: float = 0.0  # in the step under way
     training_s: float = 0.0
+    num_skipped: int = 0  # updates in a row
     early: EarlyTraining | None = None  # of the batch under way, with train.streaming
+
+    def elapsed_s(self) -> float:
+        """Since the run began, with what it took before it was taken up again."""
+        return self.checked.elapsed_s + time.monotonic() - self.checked.started
+
+    def event(self, kind: str, text: str) -> None:
+        """A line on the screen and one in metrics.jsonl."""
+        self.screen.line(text)
+        self.metrics.event(kind, text)
 
 
 def selector_config(config: Config) -> dict[str, Any]:
@@ -86,15 +93,32 @@ def controller_arguments(config: Config, prompt_ids: np.ndarray) -> dict[str, An
     }
 
 
-def preflight(config: Config) -> tuple[RunFolder, Any, PromptSet, Benchmarks, Prior]:
+@dataclass(frozen=True)
+class Checked:
+    """What preflight read, and where the run goes on from."""
+
+    folder: RunFolder
+    tokenizer: Any
+    prompts: PromptSet
+    benchmarks: Benchmarks
+    prior: Prior
+    checkpoint: Checkpoint | None
+    remarks: list[str]
+    started: float  # on the monotonic clock
+    elapsed_s: float  # of the run until that checkpoint
+
+
+def preflight(config: Config) -> Checked:
     """Everything that can be checked before a process starts; UserError on the first fault."""
+    started = time.monotonic()
     if not config.cluster.address:
         check_here(resource_plan(config))
-    folder = RunFolder(Path(config.run.dir or f"runs/{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"))
-    folder.check_free()
+    folder = RunFolder(run_path(config))
+    folder.check_free(resume=config.resume != "no")
     check_model_folder(config.model.path)
     build_selector(**selector_config(config), num_prompts=1, num_rollouts=config.rollout.num_rollouts, seed=config.seed)
     check_function(config.reward.fn)
+    checkpoint, remarks = choose_checkpoint(config, folder)
     tokenizer = load_tokenizer(config.model.path)
     prompts = training_prompts(config, tokenizer)
     if config.train.batch > len(prompts):
@@ -102,7 +126,22 @@ def preflight(config: Config) -> tuple[RunFolder, Any, PromptSet, Benchmarks, Pr
             f"train.batch={config.train.batch} is larger than the data set's {len(prompts)} prompts: "
             f"set train.batch to at most {len(prompts)}"
         )
-    return folder, tokenizer, prompts, Benchmarks(config, tokenizer), read_prior(config, prompts.ids)
+    if checkpoint is not None:
+        remarks = remarks + check_same_run(checkpoint, config, prompts)
+    benchmarks, prior = Benchmarks(config, tokenizer), read_prior(config, prompts.ids)
+    elapsed_s = read_driver(checkpoint).elapsed_s
+    return Checked(folder, tokenizer, prompts, benchmarks, prior, checkpoint, remarks, started, elapsed_s)
+
+
+def run_path(config: Config) -> Path:
+    """run.dir; without it a new folder of the run's name and the time, or with resume=auto the last unfinished one."""
+    if config.run.dir:
+        return Path(config.run.dir)
+    if config.resume == "auto":
+        unfinished = [p for p in sorted(Path("runs").glob(f"{config.run.name}-*")) if not (p / "summary.json").exists()]
+        if unfinished:
+            return unfinished[-1]
+    return Path(f"runs/{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def batch_arithmetic(config: Config, prompts: PromptSet) -> list[str]:
@@ -129,56 +168,81 @@ def canary_tokens(config: Config, prompts: PromptSet, tokenizer) -> np.ndarray:
     return np.concatenate([prompt.token_ids, np.asarray(text, dtype=np.int32)])[: min(MAX_CANARY_TOKENS, context - 1)]
 
 
-def opening_lines(config: Config, prompts: PromptSet, benchmarks: Benchmarks) -> list[str]:
+def opening_lines(config: Config, checked: Checked) -> list[str]:
     """What was read, and what will be done with it."""
-    read = [line for source in (prompts, *benchmarks.prompts.values()) for line in source.report.sentences()]
-    return [*read, *batch_arithmetic(config, prompts)]
+    sources = (checked.prompts, *checked.benchmarks.prompts.values())
+    read = [line for source in sources for line in source.report.sentences()]
+    return [*read, *batch_arithmetic(config, checked.prompts), *checked.remarks]
 
 
-def launch(
-    config: Config, folder: RunFolder, tokenizer, prompts: PromptSet, benchmarks: Benchmarks, prior: Prior,
-    stack: ExitStack,
-) -> Run:  # fmt: skip
-    """Starts every part; `stack` ends them in reverse order."""
-    stack.enter_context(benchmarks)
-    reward = config.reward
-    scorer = stack.enter_context(Scorer(reward.fn, num_workers=reward.num_workers, deadline_s=reward.deadline_s))
-    folder.create()
+def open_run(config: Config, checked: Checked, stack: ExitStack) -> Screen:
+    """Takes the run folder, and turns what libraries print over to its logs."""
+    folder = checked.folder
+    stack.enter_context(folder.lock())
+    folder.create(resume=config.resume != "no")
     OmegaConf.save(OmegaConf.structured(config), folder.config)
     screen = stack.enter_context(Screen.capture(folder.logs / "driver.log"))
-    for line in [*opening_lines(config, prompts, benchmarks), f"run folder {folder.path}"]:
+    for line in [*opening_lines(config, checked), f"run folder {folder.path}"]:
         screen.line(line)
+    return screen
+
+
+def launch(config: Config, checked: Checked, screen: Screen, stack: ExitStack, checkpoint: Checkpoint | None) -> Run:
+    """Starts every part, as it was at the checkpoint if there is one; `stack` ends them in reverse order."""
+    folder, tokenizer, prompts = checked.folder, checked.tokenizer, checked.prompts
+    stack.enter_context(checked.benchmarks)
+    reward = config.reward
+    scorer = stack.enter_context(Scorer(reward.fn, num_workers=reward.num_workers, deadline_s=reward.deadline_s))
     screen.stage("starting the engines and the trainer")
     cluster = stack.enter_context(Cluster(config, folder.logs))
     backend = transfer_backend(config)
     rollouts, trainers = RolloutPool(cluster, config, backend), TrainerPool(cluster, config, backend)
     controller = ControllerHandle(cluster, **controller_arguments(config, prompts.ids))
     trainers.start()
-    for line in start_beliefs(config, controller, prior):
-        screen.line(line)
-    rollouts.policy_versions()
-    weights = Weights(trainers, rollouts, config, canary_tokens(config, prompts, tokenizer), screen.line)
-    weights.verify_start()
+    rollouts.wait_until_up()
     sinks = [screen.step]
     if config.log.wandb:
         plain_config = OmegaConf.to_container(OmegaConf.structured(config))
         sinks.append(stack.enter_context(WandbSink(folder.path, config.log.wandb_project, plain_config, screen.line)))
-    metrics, group_log = Metrics(folder.metrics, sinks), GroupLog(folder.groups)
+    driver = read_driver(checkpoint)
+    metrics = Metrics(folder.metrics, sinks, driver.step, screen.line)
+    if driver.record:
+        metrics.restore(driver.record)
+    group_log = GroupLog(folder.groups, driver.num_generated, screen.line)
+
+    def say(text: str) -> None:
+        screen.line(text)
+        metrics.event("engine", text)
+
+    weights = Weights(trainers, rollouts, config, canary_tokens(config, prompts, tokenizer), say)
     groups = GroupStream(prompts, rollouts, scorer, tokenizer, config.seed)
-    return Run(
-        config,
-        folder,
-        screen,
-        tokenizer,
-        controller,
-        groups,
-        rollouts,
-        trainers,
-        weights,
-        benchmarks,
-        metrics,
-        group_log,
-        outcome_rule(config),
+    run = Run(
+        config, checked, screen, cluster, controller, groups, rollouts, trainers, weights, metrics, group_log,
+        outcome_rule(config), driver,
+    )  # fmt: skip
+    if checkpoint is None:
+        for line in start_beliefs(config, controller, checked.prior):
+            screen.line(line)
+        weights.verify_start()
+    else:
+        take_up(run, checkpoint)
+    return run
+
+
+def take_up(run: Run, checkpoint: Checkpoint) -> None:
+    """Puts every part where it was; prompts whose rollouts were under way are rolled out again."""
+    run.trainers.load_state(checkpoint.path / "trainer")
+    run.controller.load_state_dict(read_state(checkpoint.path / "controller"))
+    run.weights.restore(checkpoint.step)
+    for index, (step, _) in run.driver.under_way.items():
+        ask(run, [index], step)
+
+
+def ask(run: Run, indices: Iterable[int], step: int) -> None:
+    """Has prompts rolled out for training, with the seeds of that step."""
+    rollout = run.config.rollout
+    run.groups.add(
+        indices, num_rollouts=rollout.num_rollouts, temperature=rollout.temperature, purpose=TRAINING, step=step
     )
 
 

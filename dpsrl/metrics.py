@@ -6,6 +6,7 @@ refused, so that a name means one thing everywhere. Knows nothing of training, o
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -83,6 +84,7 @@ KEYS: dict[str, Key] = {
     "train/entropy": Key("nats", "mean entropy of the policy over response tokens"),
     "train/grad_norm": Key("norm", "gradient norm before clipping"),
     "train/lr": Key("per update", "learning rate of the last update", "last"),
+    "train/num_skipped": Key("updates", "left out, because their loss or gradient was not finite", "sum"),
     "train/padding_share": Key("share", "tokens of no rollout among those that go through the model"),
     "train/shared_share": Key("share", "tokens saved by running each prompt once for its group"),
     "sync/policy_version": Key("syncs", "weights that the engines serve after the step", "last"),
@@ -132,13 +134,16 @@ Record = dict[str, Any]  # "step" and metric keys; a value that is not finite is
 class Metrics:
     """One record per step, built by `add` and `timer`, written to metrics.jsonl and handed to each sink.
 
-    last_step: the step a resumed run goes on from; lines of later steps are dropped, so that the file
-    never holds a step twice. Without it the file is begun anew.
+    last_step: as `Lines` has it.
     """
 
-    def __init__(self, path: Path, sinks: Sequence[Callable[[Record], None]] = (), last_step: int = -1) -> None:
-        self._file = open_lines(path, last_step)
+    def __init__(
+        self, path: Path, sinks: Sequence[Callable[[Record], None]] = (), last_step: int = -1,
+        say: Callable[[str], None] = print,
+    ) -> None:  # fmt: skip
+        self._file = Lines(path, last_step, say)
         self._sinks = sinks
+        self.step = max(0, last_step)  # the last one finished
         self._values: dict[str, list[float]] = {}
 
     def add(self, values: Mapping[str, float]) -> None:
@@ -156,13 +161,26 @@ class Metrics:
 
     def close_step(self, step: int) -> Record:
         """Reduces what came in since the last call, writes it out and returns it."""
-        reduced = {name: reduce_values(key_of(name).reduce, values) for name, values in self._values.items()}
-        record = {"step": step} | reduced
-        self._values = {}
-        write_line(self._file, record)
+        self.step = step
+        record, self._values = self.so_far(step), {}
+        self._file.write(record)
         for sink in self._sinks:
             sink(record)
         return record
+
+    def event(self, kind: str, text: str) -> None:
+        """A line of its own for what happened beside the steps."""
+        self._file.write({"step": self.step, "event": kind, "text": text})
+
+    def so_far(self, step: int) -> Record:
+        """The record that `close_step` would write now."""
+        reduced = {name: reduce_values(key_of(name).reduce, values) for name, values in self._values.items()}
+        return {"step": step} | reduced
+
+    def restore(self, record: Record) -> None:
+        """Writes a step's record where the run was killed between its checkpoint and its line."""
+        if all(written["step"] != record["step"] for written in read_lines(self._file.path)[0]):
+            self._file.write(record)
 
     def close(self) -> None:
         self._file.close()
@@ -177,8 +195,8 @@ def reduce_values(how: str, values: Sequence[float]) -> float:
 class GroupLog:
     """groups.jsonl: one line per scored group, admitted or not."""
 
-    def __init__(self, path: Path, last_step: int = -1) -> None:
-        self._file = open_lines(path, last_step)
+    def __init__(self, path: Path, last_step: int = -1, say: Callable[[str], None] = print) -> None:
+        self._file = Lines(path, last_step, say)
 
     def write(self, step: int, group: Group, counts: tuple[int, int], admitted: bool, predicted: float | None) -> None:
         """counts: solved and scored, as selection reads the rewards; predicted: the chance of a mixed group that its
@@ -193,7 +211,7 @@ class GroupLog:
             "admitted": admitted,
             "predicted": predicted,
         }
-        write_line(self._file, line)
+        self._file.write(line)
 
     def close(self) -> None:
         self._file.close()
@@ -209,14 +227,51 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_line(file: Any, record: Mapping[str, Any]) -> None:
-    line = {name: plain(value) for name, value in record.items()}
-    file.write(json.dumps(line, allow_nan=False) + "\n")
-    file.flush()  # a killed run keeps every step it finished
+class Lines:
+    """A JSON-lines file that is open for more.
+
+    last_step: the step a resumed run goes on from; lines of later steps are dropped, events apart, so that the file
+    never holds a step twice. Without it the file is begun anew. A line that cannot be written is left out, and the
+    first one is said.
+    """
+
+    def __init__(self, path: Path, last_step: int, say: Callable[[str], None]) -> None:
+        self.path, self._say = path, say
+        self._num_lost = 0
+        kept, _ = _read_all(path) if last_step >= 0 and path.exists() else ([], 0)
+        partial = path.with_name(path.name + ".new")
+        lines = [json.dumps(r) + "\n" for r in kept if r["step"] <= last_step or "event" in r]
+        partial.write_text("".join(lines), encoding="utf-8")
+        os.replace(partial, path)
+        self._file = path.open("ab", buffering=0)  # a killed run keeps every line it wrote
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        line = json.dumps({name: plain(value) for name, value in record.items()}, allow_nan=False)
+        try:
+            whole = f"{line}\n".encode()
+            if self._file.write(whole) != len(whole):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._num_lost += 1
+            if self._num_lost == 1:
+                self._say(f"warning: {self.path} cannot be written ({error.strerror}): its lines are lost from here on")
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def read_lines(path: Path) -> tuple[list[Record], int]:
     """The records of a JSON-lines file, and how many lines could not be read (a killed run cuts its last)."""
+    records, num_unreadable = _read_all(path)
+    return [record for record in records if "event" not in record], num_unreadable
+
+
+def read_events(path: Path) -> list[Record]:
+    """What happened beside the steps: lines with `step`, `event` and `text`."""
+    return [record for record in _read_all(path)[0] if "event" in record]
+
+
+def _read_all(path: Path) -> tuple[list[Record], int]:
     records, num_unreadable = [], 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -228,15 +283,6 @@ def read_lines(path: Path) -> tuple[list[Record], int]:
         else:
             num_unreadable += 1
     return records, num_unreadable
-
-
-def open_lines(path: Path, last_step: int) -> Any:
-    """The file, open for more lines, with nothing in it that is later than `last_step`."""
-    kept = read_lines(path)[0] if last_step >= 0 and path.exists() else []
-    partial = path.with_name(path.name + ".new")
-    partial.write_text("".join(json.dumps(r) + "\n" for r in kept if r["step"] <= last_step), encoding="utf-8")
-    os.replace(partial, path)
-    return path.open("a", encoding="utf-8")
 
 
 # --- the whole run ------------------------------------------------------------------------------------

@@ -23,45 +23,60 @@ import numpy as np
 
 from dpsrl.algo.packing import shares
 from dpsrl.batch import lay_out_step, rollout_metrics, shape_rewards, shuffled, train_groups, whole_groups
+from dpsrl.checkpoint import Checkpoint, CheckpointError, write_state
+from dpsrl.cluster import PartyLost, StallError
 from dpsrl.config import Config, help_text, load_config
 from dpsrl.controller import Outcome
 from dpsrl.early import EarlyTraining
 from dpsrl.evaluate import exit_code
-from dpsrl.groups import TRAINING
-from dpsrl.launch import Run, launch, opening_lines, preflight
-from dpsrl.metrics import read_lines, summarize, write_summary
+from dpsrl.launch import Checked, Run, ask, launch, open_run, opening_lines, preflight
+from dpsrl.metrics import read_events, read_lines, summarize, write_summary
 from dpsrl.report import write_report
+from dpsrl.resume import about_run
+from dpsrl.screen import Screen
 from dpsrl.types import Group
 
 
-def train(run: Run) -> None:
-    """Evaluates, runs every step, evaluates again; a checkpoint at the end in any case."""
-    config = run.config
-    evaluate(run, 0)
-    run.metrics.close_step(0)
-    run.screen.progress(config.train.steps)
-    for step in range(1, config.train.steps + 1):
-        last = step == config.train.steps
+def train(run: Run) -> bool:
+    """Evaluates, runs every step, evaluates again; a checkpoint at the end in any case. False if asked to stop."""
+    steps, every = run.config.train.steps, run.config.checkpoint.every
+    if run.driver.step < 0:
+        evaluate(run, 0)
+        run.metrics.close_step(0)
+        run.driver.step = 0
+    run.screen.progress(steps, run.driver.step)
+    saved = run.driver.step
+    for step in range(run.driver.step + 1, steps + 1):
+        if run.cluster.stop_requested:
+            break
         with run.metrics.timer("time/step_s"):
             train_step(run, step)
-            if last or (config.eval.every and step % config.eval.every == 0):
-                evaluate(run, step)
-            if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
-                save(run, step)
+            score = evaluate(run, step) if is_due(step, run.config.eval.every, steps) else None
+            run.driver.step = step
+            if is_due(step, every, steps):
+                saved = save(run, score)
         run.metrics.close_step(step)
+    if run.driver.step > saved:
+        save(run, None)
+    return run.driver.step >= steps
+
+
+def is_due(step: int, every: int, last: int) -> bool:
+    return step == last or every > 0 and step % every == 0
 
 
 def train_step(run: Run, step: int) -> None:
     """One select-to-sync cycle."""
-    metrics, started = run.metrics, time.monotonic()
+    metrics, batches, started = run.metrics, run.driver.batches, time.monotonic()
     run.generating_s = run.training_s = 0.0
-    if not run.batches:
-        run.batches.append(generate(run))
+    if not batches:
+        batches.append(generate(run))
     run.weights.begin_training()
-    training = begin_update(run, run.batches.popleft(), step)
+    batch = batches.popleft()
+    training = begin_update(run, batch, step)
     while may_run_ahead(run, training):
-        run.batches.append(generate(run))
-    finish_update(run, training, step)
+        batches.append(generate(run))
+    finish_update(run, training, batch, step)
     with metrics.timer("time/sync_s"):
         metrics.add(run.weights.send(step) | {"sync/policy_version": step})
     elapsed_s = time.monotonic() - started
@@ -71,8 +86,8 @@ def train_step(run: Run, step: int) -> None:
 
 def generate(run: Run) -> list[Group]:
     """The next batch: selects, rolls out, scores, admits, refills, and lets the controller observe."""
-    config, metrics = run.config, run.metrics
-    run.num_generated += 1
+    config, metrics, driver = run.config, run.metrics, run.driver
+    driver.num_generated += 1
     run.groups.score_s = 0.0
     started = time.monotonic()
     with metrics.timer("time/select_ms"):
@@ -80,18 +95,19 @@ def generate(run: Run) -> list[Group]:
     roll_out(run, selected)
     if config.train.streaming:
         run.early = EarlyTraining(config, run.trainers)
-        for group in run.admitted.values():
+        for group in driver.admitted.values():
             run.early.take(group)
     groups: list[Group] = []
     while run.groups.pending and not has_enough(run):
-        groups.append(next_group(run))
+        groups += next_groups(run)
     elapsed_s = time.monotonic() - started
     run.generating_s += elapsed_s
     metrics.add({"time/generate_s": elapsed_s - run.groups.score_s, "time/score_s": run.groups.score_s})
-    run.num_rollouts += sum(len(group.rollouts) for group in groups)
-    metrics.add({"rollout/num_rollouts": run.num_rollouts})
+    driver.num_rollouts += sum(len(group.rollouts) for group in groups)
+    metrics.add({"rollout/num_rollouts": driver.num_rollouts})
     if groups:
         metrics.add(rollout_metrics(groups))
+        check_rewards(run, groups)
     with metrics.timer("time/select_ms"):
         begun = tuple(run.early.begun) if run.early else ()
         metrics.add(run.controller.observe(ahead=run.groups.pending > 0, begun=begun))
@@ -100,67 +116,82 @@ def generate(run: Run) -> list[Group]:
 
 
 def roll_out(run: Run, selected: list[tuple[int, float]]) -> None:
-    predicted, rollout = dict(selected), run.config.rollout
-    run.predicted |= predicted
-    run.groups.add(
-        predicted, num_rollouts=rollout.num_rollouts, temperature=rollout.temperature,
-        purpose=TRAINING, step=run.num_generated,
-    )  # fmt: skip
+    step = run.driver.num_generated
+    run.driver.under_way |= {index: (step, predicted) for index, predicted in selected}
+    ask(run, [index for index, _ in selected], step)
 
 
 def has_enough(run: Run) -> bool:
     """Whether the batch is there, where a step need not wait for what still runs."""
-    return run.config.rollout.spare_share > 0 and len(run.admitted) >= run.config.train.batch
+    return run.config.rollout.spare_share > 0 and len(run.driver.admitted) >= run.config.train.batch
 
 
-def next_group(run: Run) -> Group:
-    """Waits for a group, asks whether it is trained on, and rolls out more prompts where it is not."""
-    group, _ = run.groups.next()
-    shape_rewards(group, run.config)
-    counts = run.outcome_rule.counts(group.rewards_G)
-    (admitted,) = run.controller.admit([Outcome(group.index, *counts, group.policy_version)])
-    predicted = run.predicted.pop(group.index)
-    run.metrics.add({"selection/predicted_share": predicted})
-    run.group_log.write(run.num_generated, group, counts, admitted, predicted)
-    if admitted:
-        run.admitted[group.index] = group
-        if run.early:
-            run.early.take(group)
-    elif more := run.controller.refill():
+def next_groups(run: Run) -> list[Group]:
+    """Waits for groups, asks which are trained on, and rolls out more prompts in place of the others."""
+    driver = run.driver
+    groups = [group for group, _ in run.groups.take()]
+    for group in groups:
+        shape_rewards(group, run.config)
+    counts = [run.outcome_rule.counts(group.rewards_G) for group in groups]
+    outcomes = [Outcome(group.index, *count, group.policy_version) for group, count in zip(groups, counts)]
+    admitted, more = run.controller.admit(outcomes)
+    for group, count, is_admitted in zip(groups, counts, admitted, strict=True):
+        _, predicted = driver.under_way.pop(group.index)
+        run.metrics.add({"selection/predicted_share": predicted})
+        run.group_log.write(driver.num_generated, group, count, is_admitted, predicted)
+        driver.ledger.came_back(group, is_admitted)
+        if is_admitted:
+            driver.admitted[group.index] = group
+            if run.early:
+                run.early.take(group)
+    if more:
         roll_out(run, more)
-    return group
+    return groups
 
 
 def next_batch(run: Run) -> list[Group]:
     """The groups that the controller puts into the batch; says so when the cap on rollouts left it short."""
-    groups = [run.admitted.pop(index) for index in run.controller.trained()]
+    groups = [run.driver.admitted.pop(index) for index in run.controller.trained()]
     if run.config.selection.admission != "all" and len(groups) < run.config.train.batch:
         short = run.config.train.batch - len(groups)
         run.metrics.add({"selection/num_short": short})
         run.screen.line(
-            f"warning: batch {run.num_generated} has {len(groups)} mixed groups of the {run.config.train.batch} "
-            "wanted: no more prompts were left to roll out, or "
+            f"warning: batch {run.driver.num_generated} has {len(groups)} mixed groups of the "
+            f"{run.config.train.batch} wanted: no more prompts were left to roll out, or "
             f"selection.max_rounds={run.config.selection.max_rounds} was reached"
         )
     return groups
 
 
+def check_rewards(run: Run, groups: list[Group]) -> None:
+    """Ends the run where too many rewards are missing: a broken reward would else starve it without a word."""
+    num_rollouts = sum(len(group.rollouts) for group in groups)
+    num_missing = num_rollouts - sum(group.num_scored for group in groups)
+    limit = run.config.reward.max_missing_share
+    if num_missing > limit * num_rollouts:
+        raise StallError(
+            f"{num_missing} of {num_rollouts} rewards of batch {run.driver.num_generated} are missing, more than "
+            f"reward.max_missing_share={limit} (so far {run.groups.scorer.missing}): mend reward.fn="
+            f"{run.config.reward.fn} or raise reward.deadline_s={run.config.reward.deadline_s:g}, then resume=auto"
+        )
+
+
 def may_run_ahead(run: Run, training: Any) -> bool:
     """Whether to generate another batch while the trainer is at work; the first of them always fits in."""
-    train = run.config.train
-    if len(run.batches) >= train.max_lag or run.num_generated >= train.steps:
+    train, driver = run.config.train, run.driver
+    if len(driver.batches) >= train.max_lag or driver.num_generated >= train.steps:
         return False
-    return not run.batches or (training is not None and run.trainers.running(training))
+    return not driver.batches or (training is not None and run.trainers.running(training))
 
 
 def begin_update(run: Run, batch: list[Group], step: int) -> Any:
     """Starts the trainer on the batch; None when there is too little for an update."""
-    config, metrics = run.config, run.metrics
+    config, metrics, ledger = run.config, run.metrics, run.driver.ledger
     if run.early:
         training, updates, run.early = run.early.finish(), run.early.updates, None
     else:
-        batch = shuffled(batch, config.seed, step)
-        groups = train_groups(batch, config, reference_kl(run, batch))
+        groups = shuffled(batch, config.seed, step)
+        groups = train_groups(groups, config, reference_kl(run, groups))
         enough = len(groups) >= config.train.num_updates
         updates = lay_out_step(groups, config) if enough else []
         training = run.trainers.begin(updates) if enough else None
@@ -168,8 +199,8 @@ def begin_update(run: Run, batch: list[Group], step: int) -> Any:
         run.screen.line(f"warning: step {step} has no update, because only {len(batch)} groups can be trained on")
     else:
         metrics.add({f"train/{name}_share": value for name, value in shares(updates).items()})
-    run.num_trained += sum(score is not None for group in batch for score in group.scores)
-    metrics.add({"rollout/num_trained": run.num_trained})
+    ledger.taken(batch, config.algo.mask_truncated, has_update=training is not None)
+    metrics.add({"rollout/num_trained": ledger.trained})
     return training
 
 
@@ -185,57 +216,134 @@ def reference_kl(run: Run, batch: list[Group]) -> list[np.ndarray] | None:
     return np.split(kl, np.cumsum([len(group.responses) for group in groups])[:-1])
 
 
-def finish_update(run: Run, training: Any, step: int) -> None:
-    """Waits for the trainer; warns when engine and trainer have drifted apart."""
+def finish_update(run: Run, training: Any, batch: list[Group], step: int) -> None:
+    """Waits for the trainer; warns when engine and trainer have drifted apart, or numbers were not finite."""
     if training is None:
         return
     measures = run.trainers.finish(training)
     run.training_s = measures.pop("busy_s")
     run.metrics.add({"time/train_s": run.training_s} | {f"train/{name}": value for name, value in measures.items()})
-    if measures["mismatch_kl"] > run.config.algo.mismatch_alarm:
+    watch_skipped(run, int(measures["num_skipped"]), step)
+    mismatch_kl = measures.get("mismatch_kl", 0.0)
+    if mismatch_kl > run.config.algo.mismatch_alarm:
         run.screen.line(
-            f"warning: step {step}: engine and trainer differ by {measures['mismatch_kl']:.3g} nats of KL, more than "
+            f"warning: step {step}: engine and trainer differ by {mismatch_kl:.3g} nats of KL, more than "
             f"algo.mismatch_alarm={run.config.algo.mismatch_alarm}: lower train.max_lag or trainer.lr, or check that "
             "both ends compute in the same type"
         )
 
 
-def evaluate(run: Run, step: int) -> None:
-    if not run.benchmarks.prompts:
-        return
+def watch_skipped(run: Run, num_skipped: int, step: int) -> None:
+    """Ends the run after too many updates in a row that were skipped."""
+    if num_skipped:
+        run.event("skipped", f"step {step}: {num_skipped} updates were skipped, since loss or gradient was not finite")
+    run.num_skipped = run.num_skipped + num_skipped if num_skipped == run.config.train.num_updates else 0
+    if run.num_skipped >= run.config.trainer.max_skipped:
+        newest = next(reversed(run.checked.folder.list_checkpoints()), None)
+        raise StallError(
+            f"{run.num_skipped} updates in a row were not finite, trainer.max_skipped="
+            f"{run.config.trainer.max_skipped}: lower trainer.lr={run.config.trainer.lr}; "
+            f"the last good checkpoint is {newest or 'none yet'}"
+        )
+
+
+def evaluate(run: Run, step: int) -> float | None:
+    """The mean accuracy on the first benchmark, where there is one."""
+    benchmarks = run.checked.benchmarks
+    if not benchmarks.prompts:
+        return None
     run.screen.stage("evaluating")
     with run.metrics.timer("time/eval_s"):
         run.groups.drain()
-        for result in run.benchmarks.evaluate(run.rollouts, step):
+        results = benchmarks.evaluate(run.rollouts, step)
+        for result in results:
             run.metrics.add({f"eval/{result.benchmark}/avg@{result.num_rollouts}": result.avg})
             run.metrics.add({f"eval/{result.benchmark}/pass@{k}": value for k, value in result.pass_at.items()})
+    return results[0].avg
 
 
-def save(run: Run, step: int) -> None:
+def save(run: Run, score: float | None) -> int:
+    """Writes a checkpoint; one that cannot be written costs nothing but itself. The step that is saved."""
+
     def write_model(folder: Path) -> None:
         run.trainers.save_model(folder)
-        run.tokenizer.save_pretrained(folder)
+        run.checked.tokenizer.save_pretrained(folder)
 
-    with run.metrics.timer("time/checkpoint_s"):
-        run.folder.save_checkpoint(step, write_model, run.controller.state_dict(), run.config.checkpoint.keep)
+    parts = {
+        "model": write_model,
+        "trainer": run.trainers.save_state,
+        "controller": lambda folder: write_state(folder, run.controller.state_dict()),
+        "driver": lambda folder: run.driver.write(folder, run.elapsed_s(), record),
+    }
+    about, keep = about_run(run.config, run.checked.prompts), run.config.checkpoint.keep
+    record = run.metrics.so_far(run.driver.step)
+    try:
+        with run.metrics.timer("time/checkpoint_s"):
+            run.checked.folder.save_checkpoint(run.driver.step, parts, about, keep, score)
+    except CheckpointError as error:  # whatever went wrong in a part
+        if isinstance(error.__cause__, PartyLost):
+            raise error.__cause__ from error
+        run.event("checkpoint", f"warning: {error}")
+    return run.driver.step
+
+
+# --- the whole run ------------------------------------------------------------------------------------
 
 
 def run(config: Config) -> None:
-    started = time.monotonic()
-    folder, tokenizer, prompts, benchmarks, prior = preflight(config)
+    checked = preflight(config)
     if config.dry_run:
-        print("\n".join(opening_lines(config, prompts, benchmarks)))
+        print("\n".join(opening_lines(config, checked)))
         return
     with ExitStack() as stack:
-        parts = launch(config, folder, tokenizer, prompts, benchmarks, prior, stack)
-        parts.metrics.add({"time/start_s": time.monotonic() - started})
-        train(parts)
-        parts.screen.stage("writing the report")
-        records, _ = read_lines(folder.metrics)
-        summary = summarize(records, parts.weights.policy_version, time.monotonic() - started)
-        write_summary(folder.summary, summary)
-        report = write_report(folder.path)
-        parts.screen.table(summary, folder.path, report)
+        screen = open_run(config, checked, stack)
+        summary = train_until_done(config, checked, screen)
+        if summary is None:
+            screen.line("asked to stop (SIGTERM): all is saved, resume=auto goes on")
+            return
+        screen.stage("writing the report")
+        write_summary(checked.folder.summary, summary)
+        screen.table(summary, checked.folder.path, write_report(checked.folder.path))
+
+
+def train_until_done(config: Config, checked: Checked, screen: Screen) -> dict[str, Any] | None:
+    """Trains, and goes back to the last checkpoint when a party is lost that the run cannot do without.
+
+    The summary; None if the run was asked to stop before its end.
+    """
+    checkpoint, loss = checked.checkpoint, ""
+    for attempt in range(config.run.max_restarts + 1):
+        try:
+            with ExitStack() as stack:
+                return train_from(config, checked, screen, stack, checkpoint, loss)
+        except PartyLost as lost:
+            if attempt == config.run.max_restarts:
+                raise
+            newest, passed_over = checked.folder.newest_checkpoint()
+            checkpoint = newest or checked.checkpoint
+            back = f"step {checkpoint.step}" if checkpoint else "the start"
+            loss = f"{lost}: going back to {back} (restart {attempt + 1} of {config.run.max_restarts})"
+            for line in [*passed_over, loss]:
+                screen.line(line)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def train_from(
+    config: Config, checked: Checked, screen: Screen, stack: ExitStack, checkpoint: Checkpoint | None, loss: str
+) -> dict[str, Any] | None:
+    parts = launch(config, checked, screen, stack, checkpoint)
+    if loss:
+        parts.metrics.event("restart", loss)
+    if not loss:
+        parts.metrics.add({"time/start_s": time.monotonic() - checked.started})
+    if not train(parts):
+        return None
+    records, events = read_lines(checked.folder.metrics)[0], read_events(checked.folder.metrics)
+    summary = summarize(records, parts.weights.policy_version, parts.elapsed_s())
+    account = parts.driver.ledger.balance(parts.driver.num_carried)
+    if not account["holds"]:
+        parts.event("conservation", f"warning: rollouts are unaccounted for, which is a fault of dpsrl: {account}")
+    return summary | {"rollouts": account, "num_restarts": sum(e["event"] == "restart" for e in events)}
 
 
 def main(arguments: list[str]) -> int:

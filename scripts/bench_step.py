@@ -75,18 +75,19 @@ def worker(name: str, length: str) -> None:
 
 def own_steps(name: str, arguments: list[str], stack: ExitStack, tell) -> None:
     from dpsrl.config import load_config
-    from dpsrl.launch import launch, preflight
+    from dpsrl.launch import launch, open_run, preflight
     from dpsrl.train import train_step
 
     config = load_config(["+recipe=quickstart", *arguments, *CONTENDERS[name]])
-    run = launch(config, *preflight(config), stack)
+    checked = preflight(config)
+    run = launch(config, checked, open_run(config, checked, stack), stack, None)
     tell(ready=True)
     for step, _ in enumerate(sys.stdin, 1):
-        before, started = run.num_rollouts, time.perf_counter()
+        before, started = run.driver.num_rollouts, time.perf_counter()
         train_step(run, step)
         elapsed_s = time.perf_counter() - started
         record = run.metrics.close_step(step)
-        num_rollouts = run.num_rollouts - before
+        num_rollouts = run.driver.num_rollouts - before
         tell(
             s=elapsed_s, rollouts=num_rollouts, mixed=num_rollouts * record["selection/mixed_share"],
             phases={phase: record[f"time/{phase}"] for phase in PHASES},

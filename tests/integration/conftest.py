@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 HANG_GUARD_S = 600
@@ -31,8 +32,12 @@ def run_module(module: str, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=HANG_GUARD_S, check=False)
 
 
+def train_arguments(folder: Path, *arguments: str) -> list[str]:
+    return ["dpsrl.train", "+recipe=quickstart", f"run.dir={folder}", *SMALL, *arguments]
+
+
 def train(folder: Path, *arguments: str) -> FinishedRun:
-    done = run_module("dpsrl.train", "+recipe=quickstart", f"run.dir={folder}", *SMALL, *arguments)
+    done = run_module(*train_arguments(folder, *arguments))
     return FinishedRun(folder, done.stdout + done.stderr, done.returncode)
 
 
@@ -53,5 +58,21 @@ def single_run(tmp_path_factory) -> FinishedRun:
 
 @pytest.fixture(scope="session")
 def start():
-    """`train` and `run_module`, for runs of a test's own."""
-    return SimpleNamespace(train=train, run_module=run_module)
+    """For runs of a test's own: to the end, or in the background."""
+
+    def background(folder: Path, log, *arguments: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", *train_arguments(folder, *arguments)]
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+    return SimpleNamespace(
+        train=train, run_module=run_module, background=background, descendants=descendants, left_of=left_of
+    )
+
+
+def descendants(process: subprocess.Popen) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def left_of(processes: list[psutil.Process], within_s: float = 30.0) -> list[psutil.Process]:
+    """Those that are alive after that time."""
+    return psutil.wait_procs(processes, timeout=within_s)[1]

@@ -78,19 +78,7 @@ def test_library_chatter_goes_to_the_logs_and_not_to_the_screen(finished):
         assert word not in finished.output, finished.output
 
 
-def descendants(pid: int) -> set[int]:
-    """Every living process below `pid`."""
-    listing = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    parents = {int(child): int(parent) for child, parent in map(str.split, listing.splitlines())}
-    found, grown = {pid}, True
-    while grown:
-        more = {child for child, parent in parents.items() if parent in found} - found
-        found |= more
-        grown = bool(more)
-    return found - {pid}
-
-
-def test_ctrl_c_ends_everything_that_was_started(tmp_path):
+def test_ctrl_c_ends_everything_that_was_started(start, tmp_path):
     arguments = [
         "+recipe=quickstart",
         f"run.dir={tmp_path / 'run'}",
@@ -106,15 +94,9 @@ def test_ctrl_c_ends_everything_that_was_started(tmp_path):
     while not (metrics.exists() and metrics.read_text().count("\n") > 2):
         assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
         time.sleep(0.2)
-    started = descendants(process.pid)
+    started = start.descendants(process)
     assert len(started) > 5
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "interrupted" in output
-    alive = {pid for pid in started if os.path.exists(f"/proc/{pid}") and " Z" not in _state(pid)}
-    assert not alive
-
-
-def _state(pid: int) -> str:
-    done = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False)
-    return f" {done.stdout.strip()}"
+    assert start.left_of(started, within_s=1.0) == []

@@ -76,7 +76,6 @@ def test_another_method_does_not_inherit_the_recipes_options():
         ("train.steps", ["'train.steps'", "key=value"]),
         ("weight_sync.backend=nccl", ["weight_sync.backend=nccl", "auto"]),
         ("train.max_lag=-1", ["train.max_lag=-1"]),
-        ("resume=auto", ["resume=auto"]),
     ],
 )
 def test_a_bad_argument_is_refused_with_its_value_and_the_remedy(argument, words):

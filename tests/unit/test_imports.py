@@ -11,8 +11,11 @@ import dpsrl
 ROOT = Path(dpsrl.__file__).parent
 HEAVY = ("ray", "vllm", "deepspeed")
 # The upper layers, which exist to drive these; everything else, however new, is held to the rule.
-UPPER = {"rollout", "trainer", "weight_sync", "cluster", "pools", "groups", "early", "launch", "train", "evaluate"}
-WITH_TORCH = {"algo.losses", "policy", "trl"}
+UPPER = {
+    "rollout", "trainer", "weight_sync", "cluster", "pools", "weights", "groups", "early", "launch", "train",
+    "evaluate",
+}  # fmt: skip
+WITH_TORCH = {"algo.losses", "policy", "engine_weights", "trainer_state", "trl"}
 
 
 def modules():

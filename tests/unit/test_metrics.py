@@ -5,12 +5,22 @@ import math
 import sys
 import time
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dpsrl import metrics
-from dpsrl.metrics import GroupLog, Metrics, WandbSink, key_of, read_lines, summarize, write_summary
+from dpsrl.metrics import (
+    GroupLog,
+    Metrics,
+    WandbSink,
+    key_of,
+    read_events,
+    read_lines,
+    summarize,
+    write_summary,
+)
 from dpsrl.selection.outcomes import OutcomeRule
 from dpsrl.types import Group, Rollout, Score, UserError
 
@@ -242,3 +252,42 @@ def test_wandb_without_wandb_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="log.wandb=true needs wandb"):
         WandbSink(tmp_path, "project", {}, say=pytest.fail)
+
+
+# --- going on after an end ------------------------------------------------------------------------------------
+
+
+def test_events_are_lines_beside_the_steps_and_outlive_them(tmp_path):
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    for step in range(3):
+        metrics.close_step(step)
+    metrics.event("engine", "engine-0 died: replacing it")
+    metrics.close()
+    again = Metrics(tmp_path / "metrics.jsonl", last_step=1)
+    again.restore({"step": 1})  # is there already
+    again.close_step(2)
+    again.close()
+    assert [record["step"] for record in read_lines(tmp_path / "metrics.jsonl")[0]] == [0, 1, 2]
+    (event,) = read_events(tmp_path / "metrics.jsonl")
+    assert event == {"step": 2, "event": "engine", "text": "engine-0 died: replacing it"}
+
+
+def test_a_record_that_was_lost_between_checkpoint_and_line_is_written_again(tmp_path):
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    metrics.close_step(0)
+    metrics.add({"train/loss": 0.5})
+    record = metrics.so_far(1)
+    metrics.close()  # killed here
+    again = Metrics(tmp_path / "metrics.jsonl", last_step=1)
+    again.restore(record)
+    assert read_lines(tmp_path / "metrics.jsonl")[0] == [{"step": 0}, {"step": 1, "train/loss": 0.5}]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_costs_lines_and_is_said_once(tmp_path):
+    said = []
+    metrics = Metrics(tmp_path / "metrics.jsonl", say=said.append)
+    metrics._file._file = open("/dev/full", "ab", buffering=0)
+    metrics.close_step(0)
+    metrics.close_step(1)
+    assert len(said) == 1 and "cannot be written (No space left on device)" in said[0]
