@@ -59,7 +59,6 @@ class Cluster:
         self.actors: dict[Any, str] = {}
         self._processes: dict[Any, Any] = {}  # by actor, a call that answers (node, process id)
         self.placement: PlacementGroup | None = None
-        self._stack = ExitStack()
         self.plan = resource_plan(config, with_trainer)
         self.watchdog = Watchdog(2 * max(config.run.stall_s, config.run.start_s) + 60, self._end_processes)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -67,16 +66,20 @@ class Cluster:
         os.environ.setdefault("RAY_worker_niceness", "0")
         num_cpus = max(os.cpu_count() or 1, self.plan.total["CPU"])
         local = {"num_cpus": num_cpus, "include_dashboard": False} if self.local else {}
-        with _whole_start():
-            _start_ray(self._stack.enter_context(Guard()), address=config.cluster.address or "local", **local)
-        self._interrupts = _remembered_interrupts(self._stack)
-        self._stop_requests = _remembered_stops(self._stack)
-        self._stack.enter_context(self.watchdog)
-        if not self.local:
-            machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            machines = [{kind: int(amounts.get(kind, 0)) for kind in ("GPU", "CPU")} for amounts in machines]
-            check_resources(self.plan, machines, f"the cluster {config.cluster.address}")
-        self._reserve()
+        with ExitStack() as started:
+            guard = started.enter_context(Guard())
+            with _whole_start():
+                _start_ray(guard, address=config.cluster.address or "local", **local)
+            self._interrupts = _remembered_interrupts(started)
+            self._stop_requests = _remembered_stops(started)
+            started.enter_context(self.watchdog)
+            started.callback(ray.shutdown)
+            if not self.local:
+                machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+                machines = [{kind: int(amounts.get(kind, 0)) for kind in ("GPU", "CPU")} for amounts in machines]
+                check_resources(self.plan, machines, f"the cluster {config.cluster.address}")
+            self._reserve()
+            self._stack = started.pop_all()
 
     def __enter__(self) -> Cluster:
         return self
@@ -84,7 +87,6 @@ class Cluster:
     def __exit__(self, *error: object) -> None:
         for actor in self.actors:
             ray.kill(actor)
-        ray.shutdown()
         self._stack.close()
 
     @property

@@ -200,6 +200,7 @@ def run(config: Config) -> None:
     tokenizer = load_tokenizer(config.model.path)
     with ExitStack() as stack:
         benchmarks = stack.enter_context(Benchmarks(config, tokenizer))
+        stack.enter_context(folder.lock())
         folder.create()
         screen = stack.enter_context(Screen.capture(folder.logs / "driver.log"))
         for prompts in benchmarks.prompts.values():

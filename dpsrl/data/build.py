@@ -18,10 +18,13 @@ def load_tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except OSError as error:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:  # not there; or there, and not what transformers can read
         first = str(error).strip().splitlines()[0]
-        raise UserError(f"model.path={path} could not be loaded ({first}): give a local folder or go online") from error
+        raise UserError(
+            f"the tokenizer of model.path={path} could not be loaded ({first}): give a local folder or go online; a "
+            "model that needs code of its own is not run"
+        ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
