@@ -42,12 +42,12 @@ class StallError(RuntimeError):
 class PartyLost(StallError):
     """A process did not answer in time, or died; the message names it and its log.
 
-    actors: those that were lost.
+    actors: those that were lost; why: the message without their names.
     """
 
-    def __init__(self, sentence: str, actors: Iterable[Any]) -> None:
+    def __init__(self, sentence: str, actors: Iterable[Any], why: str = "") -> None:
         super().__init__(sentence)
-        self.actors = list(actors)
+        self.actors, self.why = list(actors), why or sentence
 
 
 class Cluster:
@@ -170,7 +170,8 @@ class Cluster:
         names = [self.actors[actor] for actor in actors]
         logs = "its log is" if len(names) == 1 else "their logs are"
         files = ", ".join(str(self.log_dir / f"{name}.log") for name in names)
-        raise PartyLost(f"{', '.join(names)} {why}; {logs} {files}", actors)
+        why = f"{why}; {logs} {files}"
+        raise PartyLost(f"{', '.join(names)} {why}", actors, why)
 
     # --- processes ----------------------------------------------------------------------------------
 

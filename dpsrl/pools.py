@@ -156,7 +156,7 @@ class RolloutPool:
             for call in [*self._submitted.pop(engine, []), ended[0]]:
                 (finished,) = self.cluster.get({engine: call}, "generate")
         except PartyLost as lost:
-            self._lose({engine: str(lost)})
+            self._lose({engine: lost.why})
             return []
         except ray.exceptions.RayTaskError as error:
             self._lose({engine: f"failed: {str(error).strip().splitlines()[-1]}"})

@@ -2,7 +2,8 @@
 
     python scripts/faults.py matrix [REPEATS] [WORD ...]   party x phase x signal -> runs/faults.json and a table;
                                                            words narrow it down: engine, save, SIGSTOP
-    python scripts/faults.py soak [STEPS]                  random faults -> runs/soak.json
+    python scripts/faults.py soak [STEPS]                  random faults, beside a run without -> runs/soak.json
+    python scripts/faults.py saves [KILLS]                 SIGKILL at random moments of saving -> runs/saves.json
 
 A run is the quickstart's at a small size. Each cell of the matrix strikes once, in a step of its own of one long run
 (the driver's cells end the process, and the run is taken up with resume=auto). A struck process is signalled some
@@ -166,6 +167,51 @@ def matrix(repeats: int, words: list[str]) -> int:
     return 0 if good else 1
 
 
+def saves(num_kills: int) -> int:
+    """Kills the driver while it saves, again and again; each time the newest whole checkpoint must be gone on from.
+
+    In the end the run must have selected and observed what one that was never killed does.
+    """
+    from dpsrl.run_folder import RunFolder
+
+    rng, history = random.Random(0), []
+    extra = ["eval.every=0", "eval.benchmarks=[]", f"train.steps={num_kills}"]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        checkpoints = folder / "run/checkpoints"
+        for kill in range(num_kills):
+            before, _ = RunFolder(folder / "run").newest_checkpoint()
+            log = folder / "output.txt"
+            with log.open("w") as file:
+                run = subprocess.Popen(
+                    [sys.executable, "-m", "dpsrl.train", *SMALL, *extra, f"run.dir={folder / 'run'}"],
+                    stdout=file, stderr=file,
+                )  # fmt: skip
+                while run.poll() is None and not any(checkpoints.glob("*.tmp")):
+                    time.sleep(0.001)
+                time.sleep(rng.choice([0.0, rng.uniform(0, 0.02), rng.uniform(0, 0.3)]))
+                left = [path.name for path in checkpoints.iterdir() if path.suffix] if checkpoints.exists() else []
+                run.kill()
+            said = f"going on after step {before.step}," if before else "whole checkpoint: starting at the first step"
+            step = before.step if before else 0
+            history.append({"kill": kill, "step": step, "unfinished": left, "code": run.wait()})
+            print(history[-1], flush=True)
+            if history[-1]["code"] != -signal.SIGKILL or (kill and said not in log.read_text()):
+                print(log.read_text(), f"FAILED: {said!r} was not said, or the run ended by itself")
+                return 1
+        results = {}
+        for place in ("run", "whole"):
+            command = [sys.executable, "-m", "dpsrl.train", *SMALL, *extra, f"run.dir={folder / place}"]
+            results[place] = subprocess.run(command, capture_output=True, text=True, check=False).returncode
+        groups = [(folder / place / "groups.jsonl").read_text() for place in ("run", "whole")]
+        summary = json.loads((folder / "run/summary.json").read_text())
+    same_groups = sorted(groups[0].split("\n")) == sorted(groups[1].split("\n"))
+    report = {"kills": history, "codes": results, "same_groups": same_groups, "rollouts": summary["rollouts"]}
+    Path("runs/saves.json").write_text(json.dumps(report, indent=1))
+    print(results, same_groups, summary["rollouts"])
+    return 0 if set(results.values()) == {0} and same_groups and summary["rollouts"]["holds"] else 1
+
+
 def soak(steps: int) -> int:
     rng = random.Random(0)
     plan = {
@@ -176,12 +222,17 @@ def soak(steps: int) -> int:
         memory, ended = [], threading.Event()
         sampler = threading.Thread(target=sample_memory, args=(memory, ended))
         sampler.start()
-        result = run_with(plan, Path(folder), steps, ["eval.every=50", "checkpoint.every=5"])
+        extra = ["eval.every=50", "eval.num_rollouts=8", "data.countdown.num_test=64", "checkpoint.every=5"]
+        result = run_with(plan, Path(folder), steps, extra)
         ended.set()
         sampler.join()
         rest = left_over(Path(folder))
+    with tempfile.TemporaryDirectory() as folder:
+        quiet = run_with({}, Path(folder), steps, extra)
     third = max(1, len(memory) // 3)
+    accuracy = [r["summary"].get("eval_last", {}).get("countdown") for r in (result, quiet)]
     report = {
+        "accuracy": accuracy[0], "accuracy_without_faults": accuracy[1],
         "steps": steps, "faults": len(result["struck"]), "codes": result["codes"], "summary": result["summary"],
         "left_over": rest, "gib_first_third": max(memory[:third]), "gib_last_third": max(memory[-third:]),
     }  # fmt: skip
@@ -215,4 +266,6 @@ if __name__ == "__main__":
         sys.exit(matrix(numbers[0] if numbers else 1, [word for word in rest if not word.isdigit()]))
     if kind == "soak":
         sys.exit(soak(int(rest[0]) if rest else 500))
+    if kind == "saves":
+        sys.exit(saves(int(rest[0]) if rest else 50))
     print(__doc__)
