@@ -175,7 +175,7 @@ def saves(num_kills: int) -> int:
     from dpsrl.run_folder import RunFolder
 
     rng, history = random.Random(0), []
-    extra = ["eval.every=0", "eval.benchmarks=[]", f"train.steps={num_kills}"]
+    extra = ["eval.every=0", f"train.steps={num_kills}"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         checkpoints = folder / "run/checkpoints"
