@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,7 @@ class Cluster:
             guard = started.enter_context(Guard())
             with _whole_start():
                 _start_ray(guard, address=config.cluster.address or "local", **local)
+            _close_token()
             self._interrupts = _remembered_interrupts(started)
             self._stop_requests = _remembered_stops(started)
             started.enter_context(self.watchdog)
@@ -247,6 +248,12 @@ def _start_ray(guard: Guard, **options: Any) -> None:
                 raise StallError(f"Ray did not start: {str(error).strip().splitlines()[0]}") from error
         finally:
             guard.follow(children(os.getpid()) - before)
+
+
+def _close_token() -> None:
+    """Ray 2.60 leaves the token it makes for its own clusters readable by all users of the machine."""
+    with suppress(OSError):  # none was made, or its folder is not ours to change
+        (Path.home() / ".ray/auth_token").chmod(0o600)
 
 
 @contextmanager

@@ -243,6 +243,9 @@ class SyncClient:
                 except ray.exceptions.GetTimeoutError:
                     self.failures[index] = f"did not take weights within {self.deadline_s:.0f} s"
                     del self.engines[index]
+                except ray.exceptions.ActorDiedError:
+                    self.failures[index] = "died while it should take weights"
+                    del self.engines[index]
                 except ray.exceptions.RayError as error:
                     self.failures[index] = str(error).strip().splitlines()[-1]
                     del self.engines[index]
