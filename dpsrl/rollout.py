@@ -47,6 +47,8 @@ class RolloutWorker:
         self.on_gpu = config.cluster.device == "gpu"
         self._finished: list[Any] = []  # outputs not yet handed out
         self._awake = {"weights", "kv_cache"}
+        # The first use compiles, seconds on an idle machine: it belongs to the start and its deadline, run.start_s.
+        self.logprobs(np.ones(2, dtype=np.int32))
 
     def policy_version(self) -> int:
         return self.receiver.policy_version
