@@ -30,7 +30,7 @@ from dpsrl.prior import Prior, read_prior
 from dpsrl.resources import check_here, resource_plan
 from dpsrl.resume import Driver, check_same_run, choose_checkpoint, read_driver
 from dpsrl.rewards import Scorer, check_function
-from dpsrl.run_folder import RunFolder
+from dpsrl.run_folder import RunFolder, unwritable
 from dpsrl.screen import Screen
 from dpsrl.selection import build_selector
 from dpsrl.selection.outcomes import OutcomeRule
@@ -60,6 +60,7 @@ class Run:
     generating_s: float = 0.0  # in the step under way
     training_s: float = 0.0
     num_skipped: int = 0  # updates in a row
+    saved: int = -1  # step of the last checkpoint
     early: EarlyTraining | None = None  # of the batch under way, with train.streaming
 
     def elapsed_s(self) -> float:
@@ -179,9 +180,12 @@ def open_run(config: Config, checked: Checked, stack: ExitStack) -> Screen:
     """Takes the run folder, and turns what libraries print over to its logs."""
     folder = checked.folder
     stack.enter_context(folder.lock())
-    folder.create(resume=config.resume != "no")
-    OmegaConf.save(OmegaConf.structured(config), folder.config)
-    screen = stack.enter_context(Screen.capture(folder.logs / "driver.log"))
+    try:
+        folder.create(resume=config.resume != "no")
+        OmegaConf.save(OmegaConf.structured(config), folder.config)
+        screen = stack.enter_context(Screen.capture(folder.logs / "driver.log"))
+    except OSError as error:
+        raise unwritable(folder.path, error) from error
     for line in [*opening_lines(config, checked), f"run folder {folder.path}"]:
         screen.line(line)
     return screen
@@ -218,7 +222,7 @@ def launch(config: Config, checked: Checked, screen: Screen, stack: ExitStack, c
     groups = GroupStream(prompts, rollouts, scorer, tokenizer, config.seed)
     run = Run(
         config, checked, screen, cluster, controller, groups, rollouts, trainers, weights, metrics, group_log,
-        outcome_rule(config), driver,
+        outcome_rule(config), driver, saved=driver.step,
     )  # fmt: skip
     if checkpoint is None:
         for line in start_beliefs(config, controller, checked.prior):

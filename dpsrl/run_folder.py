@@ -268,6 +268,12 @@ class RunFolder:
         )
 
 
+def unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"run.dir={path} cannot be written to ({reason(error)}): make it writable, or free some space, then resume"
+    )
+
+
 def _rank(checkpoint: Checkpoint) -> tuple[float, int]:
     score = checkpoint.manifest.score
     return -math.inf if score is None else score, checkpoint.manifest.serial

@@ -33,6 +33,7 @@ from dpsrl.launch import Checked, Run, ask, launch, open_run, opening_lines, pre
 from dpsrl.metrics import read_events, read_lines, summarize, write_summary
 from dpsrl.report import write_report
 from dpsrl.resume import about_run
+from dpsrl.run_folder import unwritable
 from dpsrl.screen import Screen
 from dpsrl.types import Group
 
@@ -45,7 +46,6 @@ def train(run: Run) -> bool:
         run.metrics.close_step(0)
         run.driver.step = 0
     run.screen.progress(steps, run.driver.step)
-    saved = run.driver.step
     for step in range(run.driver.step + 1, steps + 1):
         if run.cluster.stop_requested:
             break
@@ -54,9 +54,9 @@ def train(run: Run) -> bool:
             score = evaluate(run, step) if is_due(step, run.config.eval.every, steps) else None
             run.driver.step = step
             if is_due(step, every, steps):
-                saved = save(run, score)
+                save(run, score)
         run.metrics.close_step(step)
-    if run.driver.step > saved:
+    if run.driver.step > run.saved:
         save(run, None)
     return run.driver.step >= steps
 
@@ -262,8 +262,8 @@ def evaluate(run: Run, step: int) -> float | None:
     return results[0].avg
 
 
-def save(run: Run, score: float | None) -> int:
-    """Writes a checkpoint; one that cannot be written costs nothing but itself. The step that is saved."""
+def save(run: Run, score: float | None) -> None:
+    """Writes a checkpoint; one that cannot be written costs nothing but itself."""
 
     def write_model(folder: Path) -> None:
         run.trainers.save_model(folder)
@@ -280,11 +280,11 @@ def save(run: Run, score: float | None) -> int:
     try:
         with run.metrics.timer("time/checkpoint_s"):
             run.checked.folder.save_checkpoint(run.driver.step, parts, about, keep, score)
+        run.saved = run.driver.step
     except CheckpointError as error:  # whatever went wrong in a part
         if isinstance(error.__cause__, PartyLost):
             raise error.__cause__ from error
         run.event("checkpoint", f"warning: {error}")
-    return run.driver.step
 
 
 # --- the whole run ------------------------------------------------------------------------------------
@@ -299,11 +299,15 @@ def run(config: Config) -> None:
         screen = open_run(config, checked, stack)
         summary = train_until_done(config, checked, screen)
         if summary is None:
-            screen.line("asked to stop (SIGTERM): all is saved, resume=auto goes on")
             return
         screen.stage("writing the report")
-        write_summary(checked.folder.summary, summary)
-        screen.table(summary, checked.folder.path, write_report(checked.folder.path))
+        try:
+            write_summary(checked.folder.summary, summary)
+            report = write_report(checked.folder.path)
+        except OSError as error:
+            screen.table(summary, checked.folder.path, None)
+            raise unwritable(checked.folder.path, error) from error
+        screen.table(summary, checked.folder.path, report)
 
 
 def train_until_done(config: Config, checked: Checked, screen: Screen) -> dict[str, Any] | None:
@@ -336,7 +340,12 @@ def train_from(
         parts.metrics.event("restart", loss)
     if not loss:
         parts.metrics.add({"time/start_s": time.monotonic() - checked.started})
-    if not train(parts):
+    is_done = train(parts)
+    first = max(parts.saved, 0) + 1  # of the steps that no checkpoint has
+    if first <= parts.driver.step:
+        screen.line(f"warning: steps {first} to {parts.driver.step} are in no checkpoint, for the reason given above")
+    if not is_done:
+        screen.line(f"asked to stop (SIGTERM): resume=auto goes on with step {first}")
         return None
     records, events = read_lines(checked.folder.metrics)[0], read_events(checked.folder.metrics)
     summary = summarize(records, parts.weights.policy_version, parts.elapsed_s())
