@@ -19,7 +19,7 @@ from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from dpsrl.config import Config
 from dpsrl.guard import Guard, children
@@ -31,6 +31,7 @@ RAY_ATTEMPTS = 3
 SLICE_S = 1.0  # how long a wait goes on before Ctrl-C and deadlines are looked at
 PEERS_FAIL_WITHIN_S = 5.0  # after one party's error, to learn whether another's death is behind it
 STACKS_WITHIN_S = 2.0
+SIGNALS_WITHIN_S = 15.0  # for a process on another machine to start and to send them
 
 # --- the cluster --------------------------------------------------------------------------------------
 
@@ -96,9 +97,9 @@ class Cluster:
         return bool(self._stop_requests)
 
     def _end_processes(self) -> None:
-        self.write_stacks()
-        for process in self._local_processes().values():
-            _kill(process)
+        """For the watchdog of a driver that hangs, perhaps in Ray: those on this machine. Ray ends the others."""
+        self.write_stacks(elsewhere=False)
+        self._signal(signal.SIGKILL, self._places(), elsewhere=False)
 
     def start(
         self, cls: type, name: str, *args: Any, env: dict[str, str], options: dict[str, Any], **kwargs: Any
@@ -112,10 +113,9 @@ class Cluster:
         return actor
 
     def kill(self, actor: Any) -> None:
-        process = self._local_processes().get(actor)
+        place = {actor: self._places()[actor]} if actor in self._places() else {}
         ray.kill(actor)
-        if process:
-            _kill(process)
+        self._signal(signal.SIGKILL, place)  # a process that is stopped does not hear Ray
         del self.actors[actor], self._processes[actor]
 
     # --- waits --------------------------------------------------------------------------------------
@@ -178,27 +178,32 @@ class Cluster:
 
     def processes(self) -> dict[str, int]:
         """Process ids on this machine, by party."""
-        return {self.actors[actor]: process for actor, process in self._local_processes().items()}
+        here = ray.get_runtime_context().get_node_id()
+        return {self.actors[actor]: process for actor, (node, process) in self._places().items() if node == here}
 
-    def _local_processes(self) -> dict[Any, int]:
+    def _places(self) -> dict[Any, tuple[str, int]]:
+        """Node and process id of the actors that have started."""
         if not ray.is_initialized():
             return {}
-        here = ray.get_runtime_context().get_node_id()
-        known = {}
-        for actor, call in self._processes.items():
-            if ray.wait([call], timeout=0)[0] and not _died(call):
-                node, process = ray.get(call)
-                if node == here:
-                    known[actor] = process
-        return known
+        started = {a: call for a, call in self._processes.items() if ray.wait([call], timeout=0)[0]}
+        return {actor: ray.get(call, timeout=SLICE_S) for actor, call in started.items() if not _died(call)}
 
-    def write_stacks(self) -> None:
-        """Has every process on this machine write what each of its threads does into its log."""
-        for process in self._local_processes().values():
-            try:
-                os.kill(process, signal.SIGUSR1)
-            except ProcessLookupError:
-                continue
+    def _signal(self, number: int, places: dict[Any, tuple[str, int]], elsewhere: bool = True) -> None:
+        """Signals processes, on other machines by a task of Ray's there."""
+        here, calls = ray.get_runtime_context().get_node_id() if places else "", []
+        for node, process in places.values():
+            if node == here:
+                _signal_here(process, number)
+            elif elsewhere:
+                there = NodeAffinitySchedulingStrategy(node, soft=False)
+                task = ray.remote(_signal_here).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+                calls.append(task.remote(process, number))
+        if calls:
+            ray.wait(calls, num_returns=len(calls), timeout=SIGNALS_WITHIN_S)
+
+    def write_stacks(self, elsewhere: bool = True) -> None:
+        """Has every process write what each of its threads does into its log."""
+        self._signal(signal.SIGUSR1, self._places(), elsewhere)
         faulthandler.dump_traceback(all_threads=True)
         time.sleep(STACKS_WITHIN_S)
 
@@ -335,10 +340,10 @@ def _died(call: Any) -> bool:
     return False
 
 
-def _kill(process: int) -> None:
-    """Ends one of Ray's workers; not whatever else may have its number by now."""
+def _signal_here(process: int, number: int) -> None:
+    """Signals one of Ray's workers; not whatever else may have its number by now."""
     try:
         if Path(f"/proc/{process}/cmdline").read_bytes().startswith(b"ray::"):
-            os.kill(process, signal.SIGKILL)
+            os.kill(process, number)
     except (FileNotFoundError, ProcessLookupError):
         pass

@@ -1,7 +1,17 @@
 """A run over several Ray nodes, simulated on one machine."""
 
+import os
+import signal
+import time
+
+import psutil
 import pytest
+import ray
 from ray.cluster_utils import Cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+import dpsrl.cluster
+from dpsrl.config import load_config
 
 TWO_OF_EACH = ["rollout.num_workers=2", "trainer.num_workers=2", "trainer.zero_stage=2"]
 
@@ -37,3 +47,25 @@ def test_more_than_there_is_is_refused_with_the_shortfall(start, three_nodes, tm
     assert run.returncode == 2
     for words in ("needs 6 CPUs (3 engines and 3 trainer ranks", "has 4 CPUs, 2 CPUs short", "rollout.num_workers"):
         assert words in run.output
+
+
+class Sleeper:
+    def sleep_long(self) -> None:
+        time.sleep(300)
+
+
+def test_a_silent_process_on_another_node_writes_its_stacks_and_is_killed_even_when_stopped(three_nodes, tmp_path):
+    config = load_config(["+recipe=quickstart", f"cluster.address={three_nodes.address}"])
+    with dpsrl.cluster.Cluster(config, tmp_path) as cluster:
+        here = ray.get_runtime_context().get_node_id()
+        other = next(node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != here)
+        options = {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(other, soft=False)}
+        sleeper = cluster.start(Sleeper, "sleeper", env={}, options=options)
+        ((node, process),) = cluster.get({sleeper: sleeper.process.remote()}, "start")
+        assert node == other and "sleeper" not in cluster.processes()
+        with pytest.raises(dpsrl.cluster.PartyLost, match="sleeper did not sleep within 3 s"):
+            cluster.get({sleeper: sleeper.sleep_long.remote()}, "sleep", deadline_s=3)
+        assert "sleep_long" in (tmp_path / "sleeper.log").read_text()
+        os.kill(process, signal.SIGSTOP)
+        cluster.kill(sleeper)
+        assert psutil.wait_procs([psutil.Process(process)] if psutil.pid_exists(process) else [], timeout=20)[1] == []
