@@ -21,6 +21,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from dpsrl.own import is_own
 from dpsrl.selection.outcomes import OutcomeRule
@@ -422,6 +423,21 @@ def _composition_sentence(error: Exception, arguments: list[str]) -> str:
     if "not a ListConfig" in lines[0]:
         return f"{given} is not a list: write {full_key}=[{given.partition('=')[2]}]"
     return f"{given}: {lines[0]}" if given else lines[0]
+
+
+def selector_config(config: Config) -> dict[str, Any]:
+    """`build_selector`'s arguments: the method, and those options that are not left to it."""
+    options = vars(config.selection).items()
+    return {name: value for name, value in options if value is not None and name not in CONTROLLER_KEYS}
+
+
+def read_run_config(path: Path) -> Config:
+    """What a run wrote into its folder."""
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{path} cannot be read ({reason}): give a run folder of this version of dpsrl") from error
 
 
 # --- checks -----------------------------------------------------------------------------------------

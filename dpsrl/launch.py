@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from dpsrl.checkpoint import Checkpoint, check_model_folder, read_state
 from dpsrl.cluster import Cluster
-from dpsrl.config import CONTROLLER_KEYS, Config
+from dpsrl.config import Config, selector_config
 from dpsrl.data.build import load_tokenizer, training_prompts
 from dpsrl.data.prompts import PromptSet
 from dpsrl.early import EarlyTraining
@@ -71,12 +71,6 @@ class Run:
         """A line on the screen and one in metrics.jsonl."""
         self.screen.line(text)
         self.metrics.event(kind, text)
-
-
-def selector_config(config: Config) -> dict[str, Any]:
-    """`build_selector`'s arguments: the method, and those options that are not left to it."""
-    options = vars(config.selection).items()
-    return {name: value for name, value in options if value is not None and name not in CONTROLLER_KEYS}
 
 
 def controller_arguments(config: Config, prompt_ids: np.ndarray) -> dict[str, Any]:
