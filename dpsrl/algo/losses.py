@@ -113,24 +113,29 @@ def load_loss(name: str) -> OwnLoss:
     label = f"algo.loss={name}"
     function = load_own(name, label)
     check_call(function, label, 4, f"def {name.partition(':')[2]}(logprobs, old_logprobs, advantages, rows)")
+
+    def loss(logprobs_L: Tensor, old_logprobs_L: Tensor, advantages_L: Tensor, rows: Rows) -> Tensor:
+        try:
+            loss_L = function(logprobs_L, old_logprobs_L, advantages_L, rows)
+        except Exception as error:  # whatever a person's function does
+            raise UserError(f"{label} failed with {told(error)}; mend it.") from error
+        if not isinstance(loss_L, Tensor) or loss_L.shape != logprobs_L.shape:
+            given = f"a tensor {tuple(loss_L.shape)}" if isinstance(loss_L, Tensor) else type(loss_L).__name__
+            raise UserError(
+                f"{label} returned {given} for {len(logprobs_L)} tokens; return a tensor with a loss for each."
+            )
+        return loss_L
+
     rows = Rows(torch.tensor([0, 0, 0, 1, 1]), 2)
     old_L, advantages_L = torch.tensor([-0.5, -1.5, -0.1, -2.0, -0.7]), torch.tensor([1.0, -1.0])[rows.row_L]
     logprobs_L = (old_L + torch.tensor([0.1, -0.1, 0.0, 0.05, -0.02])).requires_grad_()
-    try:
-        loss_L = function(logprobs_L, old_L, advantages_L, rows)
-        if not isinstance(loss_L, Tensor) or loss_L.shape != old_L.shape:
-            given = f"a tensor {tuple(loss_L.shape)}" if isinstance(loss_L, Tensor) else type(loss_L).__name__
-            raise UserError(f"{label} returned {given} for 5 tokens; return a loss for each token, a tensor (5,).")
-        (gradient_L,) = torch.autograd.grad(loss_L.sum() + 0.0 * logprobs_L.sum(), logprobs_L)
-    except UserError:
-        raise
-    except Exception as error:  # whatever a person's function does
-        raise UserError(f"{label} failed on a tiny batch with {told(error)}; mend it.") from error
+    loss_L = loss(logprobs_L, old_L, advantages_L, rows)
+    (gradient_L,) = torch.autograd.grad(loss_L.sum() + 0.0 * logprobs_L.sum(), logprobs_L)
     if not gradient_L.any():
         raise UserError(f"{label} has no gradient in the logprobs; compute it from them, in torch, without detach.")
     if not (loss_L.isfinite().all() and gradient_L.isfinite().all()):
         raise UserError(f"{label} or its gradient is not finite on a tiny batch; clamp what may grow or divide by 0.")
-    return function
+    return loss
 
 
 def rollout_correction(

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
 
-from dpsrl.algo.losses import load_loss
+from dpsrl.algo.losses import Rows, load_loss, policy_loss
 from dpsrl.checkpoint import read_state, write_state
 from dpsrl.config import load_config
 from dpsrl.controller import Controller, Outcome
@@ -157,15 +158,25 @@ def test_a_reward_is_tried_before_anything_is_started():
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("summed", "returned a tensor () for 5 tokens; return a loss for each token"),
+        ("summed", "returned a tensor () for 5 tokens; return a tensor with a loss for each"),
         ("detached", "has no gradient in the logprobs"),
         ("infinite", "is not finite on a tiny batch"),
-        ("raising", "failed on a tiny batch with RuntimeError"),
+        ("raising", "failed with RuntimeError"),
         ("by_length", "write it as def by_length(logprobs, old_logprobs, advantages, rows)"),
     ],
 )
 def test_refused_losses(name, words):
     assert words in refusal(load_loss, f"own_module:{name}")
+
+
+def test_a_loss_is_corrected_weighted_and_summed_as_the_others():
+    rows, (new, old, advantages) = Rows(torch.tensor([0, 0, 1]), 2), torch.randn(3, 3)
+    weights, correction = torch.tensor([0.5, 0.5, 2.0]), torch.tensor([1.0, 2.0, 0.5])
+    own, built_in = (
+        policy_loss(new, old, advantages, weights, rows, kind, correction_L=correction)
+        for kind in (load_loss("own_module:loss"), "reinforce")
+    )
+    assert own[0] == built_in[0] and own[1] == built_in[1]
 
 
 def test_keys_without_effect_beside_own_parts():
