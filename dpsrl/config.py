@@ -575,6 +575,8 @@ def help_text(entry: str) -> str:
     """The usage line and every key with its default and meaning."""
     first = "+recipe=NAME" if entry == "train" else "model.path=FOLDER eval.benchmarks=[NAME,...]"
     lines = [f"usage: python -m dpsrl.{entry} {first} [group=choice ...] [key=value ...]", ""]
+    if entry == "train":
+        lines += ["  -m goes through values that are separated by commas, a run for each: -m seed=0,1,2", ""]
     for path in sorted(config_dir().iterdir()):
         if path.is_dir():
             lines.append(f"  {'+' if path.name == 'recipe' else ''}{path.name}={'|'.join(group_choices(path.name))}")

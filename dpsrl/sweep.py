@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import re
 import signal
 import subprocess
@@ -111,6 +112,7 @@ class Runs:
 
     def stop(self, number: int, frame: object) -> None:
         self.num_stops += 1
+        os.write(2, b"asked to stop: the run under way is to save and end; once more, and it ends at once\n")
         if self.process:
             self.process.send_signal(STOPS[min(self.num_stops, len(STOPS)) - 1])
 
