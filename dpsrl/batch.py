@@ -9,6 +9,7 @@ import numpy as np
 from dpsrl.algo.advantages import advantages, overlong_penalty
 from dpsrl.algo.packing import Update, lay_out
 from dpsrl.config import Config
+from dpsrl.own import is_own
 from dpsrl.types import Group, TrainGroup
 
 
@@ -73,10 +74,11 @@ def whole_groups(groups: list[Group]) -> list[TrainGroup]:
 def lay_out_step(
     groups: list[TrainGroup], config: Config, num_updates: int | None = None, skip_constant: bool | None = None
 ) -> list[Update]:
-    """Groups without a gradient are left out where the loss is nothing but advantage x something."""
+    """Groups without a gradient are left out where the loss is known to be nothing but advantage x something."""
     algo = config.algo
     if skip_constant is None:
-        skip_constant = not algo.entropy_coef and not (algo.kl_coef and algo.kl_in == "loss")
+        in_loss = algo.entropy_coef or (algo.kl_coef and algo.kl_in == "loss")
+        skip_constant = not in_loss and not is_own(algo.loss)
     return lay_out(
         groups, config.trainer.num_workers, num_updates or config.train.num_updates, config.trainer.micro_batch_tokens,
         algo.aggregation, config.model.max_response_tokens, skip_constant,

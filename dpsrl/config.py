@@ -21,16 +21,21 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
+from dpsrl.own import is_own
 from dpsrl.selection.outcomes import OutcomeRule
 from dpsrl.types import UserError
 
 PACKAGE_DIR = Path(__file__).parent
 
 
-def key(default: Any, text: str, *, ge=None, gt=None, le=None, choices: tuple = ()) -> Any:
-    """A configuration key: its default, what it means (with unit), and the values it accepts."""
-    metadata = {"text": text, "ge": ge, "gt": gt, "le": le, "choices": choices}
+def key(default: Any, text: str, *, ge=None, gt=None, le=None, choices: tuple = (), own: bool = False) -> Any:
+    """A configuration key: its default, what it means (with unit), and the values it accepts.
+
+    own: beside `choices`, a function of the user's own, my_module:function.
+    """
+    metadata = {"text": text, "ge": ge, "gt": gt, "le": le, "choices": choices, "own": own}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -70,7 +75,9 @@ class CountdownConfig:
 
 @dataclass
 class DataConfig:
-    train: str = key(MISSING, "'countdown', a .jsonl/.json/.parquet file, or a Hugging Face dataset name")
+    train: str = key(
+        MISSING, "'countdown', a .jsonl/.json/.parquet file, a Hugging Face dataset name, or 'my_module:function'"
+    )
     eval_dir: str = key("", "folder that holds <benchmark>.jsonl or .parquet")
     split: str = key("train", "split of a Hugging Face dataset")
     prompt_key: str = key("problem", "column of the problem text")
@@ -96,7 +103,7 @@ class RewardConfig:
 class SelectionConfig:
     """Options left at null take the method's own default; one the method does not use is refused."""
 
-    method: str = key("dps", "how prompts are chosen; a preset of belief, score and pick")
+    method: str = key("dps", "how prompts are chosen: a preset of belief, score and pick, or 'my_module:MyMethod'")
     belief: str | None = key(None, "what is thought of each prompt, in place of the method's own")
     score: str | None = key(None, "what a prompt is worth, in place of the method's own")
     pick: str | None = key(None, "who is taken given the scores, in place of the method's own")
@@ -159,7 +166,9 @@ class AlgoConfig:
     """Defaults are DAPO's (arXiv 2503.14476); algo=grpo and the others in configs/algo give their papers'."""
 
     advantage: str = key("grpo", "baseline and scale of rewards", choices=("grpo", "dr_grpo", "rloo", "reinforce_pp"))
-    loss: str = key("ppo", "policy loss", choices=("ppo", "gspo", "cispo", "reinforce"))
+    loss: str = key(
+        "ppo", "policy loss; or 'my_module:function'", choices=("ppo", "gspo", "cispo", "reinforce"), own=True
+    )
     aggregation: str = key(
         "token_mean",
         "how token losses are averaged",
@@ -214,7 +223,9 @@ class TrainConfig:
 class EvalConfig:
     every: int = key(0, "steps between evaluations; 0: only before and after", ge=0)
     benchmarks: list[str] = key(
-        [], "'countdown', 'countdown3', 'countdown4', a file's stem in data.eval_dir, owner/name, or 'train'"
+        [],
+        "'countdown', 'countdown3', 'countdown4', a file's stem in data.eval_dir, owner/name, 'my_module:function', "
+        "or 'train'",
     )
     num_rollouts: int = key(16, "samples per prompt: the K of avg@K", ge=1)
     temperature: float = key(0.6, "sampling temperature", ge=0)
@@ -323,15 +334,16 @@ def load_config(arguments: list[str], entry: str = "train") -> Config:
 
 def _drop_options_of_another_method(raw: Any, arguments: list[str], set_keys: set[str], entry: str) -> None:
     """A selection method chosen on the command line comes with its own options, not with the recipe's for another."""
-    choice = next((text.removeprefix("selection=") for text in arguments if text.startswith("selection=")), None)
-    if choice is None:
-        return
-    of_recipe = compose(entry, overrides=[text for text in arguments if not text.startswith("selection=")]).selection
+    choices = [text for text in arguments if text.startswith(("selection=", "selection.method="))]
+    of_recipe = compose(entry, overrides=[text for text in arguments if text not in choices]).selection
     if of_recipe.method == raw.selection.method:
         return
-    own = vars(SelectionConfig()) | OmegaConf.to_container(OmegaConf.load(config_dir() / f"selection/{choice}.yaml"))
+    own = vars(SelectionConfig())
+    for text in choices:
+        if text.startswith("selection="):
+            own |= OmegaConf.to_container(OmegaConf.load(config_dir() / f"{text.replace('=', '/')}.yaml"))
     for name, value in own.items():
-        if name not in CONTROLLER_KEYS and f"selection.{name}" not in set_keys:
+        if name not in ("method", *CONTROLLER_KEYS) and f"selection.{name}" not in set_keys:
             raw.selection[name] = value
 
 
@@ -413,6 +425,21 @@ def _composition_sentence(error: Exception, arguments: list[str]) -> str:
     return f"{given}: {lines[0]}" if given else lines[0]
 
 
+def selector_config(config: Config) -> dict[str, Any]:
+    """`build_selector`'s arguments: the method, and those options that are not left to it."""
+    options = vars(config.selection).items()
+    return {name: value for name, value in options if value is not None and name not in CONTROLLER_KEYS}
+
+
+def read_run_config(path: Path) -> Config:
+    """What a run wrote into its folder."""
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{path} cannot be read ({reason}): give a run folder of this version of dpsrl") from error
+
+
 # --- checks -----------------------------------------------------------------------------------------
 
 
@@ -436,8 +463,9 @@ def check(config: Config, set_keys: set[str] = frozenset()) -> None:
 def _check_range(name: str, value: Any, limits: Any) -> None:
     if value is None:
         return
-    if limits["choices"] and value not in limits["choices"]:
-        raise UserError(f"{name}={value} is not one of {', '.join(map(str, limits['choices']))}")
+    if limits["choices"] and value not in limits["choices"] and not (limits["own"] and is_own(value)):
+        or_own = " or my_module:function" * limits["own"]
+        raise UserError(f"{name}={value} is not one of {', '.join(map(str, limits['choices']))}{or_own}")
     for bound, holds, words in (
         (limits["ge"], lambda v, b: v >= b, "at least"),
         (limits["gt"], lambda v, b: v > b, "above"),
@@ -506,26 +534,30 @@ def _check_overlap(config: Config) -> None:
         )
 
 
+def is_countdown(benchmark: str) -> bool:
+    return benchmark.startswith("countdown") and not is_own(benchmark)
+
+
 def _has_countdown(config: Config) -> bool:
-    return config.data.train == "countdown" or any(b.startswith("countdown") for b in config.eval.benchmarks)
+    return config.data.train == "countdown" or any(map(is_countdown, config.eval.benchmarks))
 
 
 # (key prefix, does it have an effect?, why not): a key set on the command line for nothing is refused.
 _EFFECTS: list[tuple[str, Callable[[Config], bool], str]] = [
     ("data.countdown.", _has_countdown, "neither data.train nor eval.benchmarks is countdown"),
     ("data.max_bad_share", lambda c: c.data.train != "countdown" or any(
-        not b.startswith("countdown") and b != "train" for b in c.eval.benchmarks), "all data is Countdown's own"),
-    ("data.eval_dir", lambda c: any(b != "train" and not b.startswith("countdown") and "/" not in b
+        not is_countdown(b) and b != "train" for b in c.eval.benchmarks), "all data is Countdown's own"),
+    ("data.eval_dir", lambda c: any(not (b == "train" or is_countdown(b) or "/" in b or is_own(b))
                                     for b in c.eval.benchmarks),
      "no benchmark in eval.benchmarks is read from a folder"),
-    ("data.split", lambda c: c.data.train != "countdown" and not Path(c.data.train).suffix,
+    ("data.split", lambda c: not (c.data.train == "countdown" or is_own(c.data.train) or Path(c.data.train).suffix),
      "data.train is not a Hugging Face dataset"),
     *((f"eval.{name}", lambda c: bool(c.eval.benchmarks), "eval.benchmarks is empty")
       for name in ("every", "num_rollouts", "temperature")),
     ("selection.max_rounds", lambda c: c.selection.admission == "mixed", "selection.admission is not mixed"),
     ("algo.min_importance_weight", lambda c: c.algo.correction.endswith("mask"), "algo.correction does not mask"),
     ("algo.max_importance_weight", lambda c: c.algo.correction != "none", "algo.correction is none"),
-    *((f"algo.{name}", lambda c: c.algo.loss != "reinforce", "algo.loss=reinforce does not clip")
+    *((f"algo.{name}", lambda c: c.algo.loss in ("ppo", "gspo", "cispo"), "this algo.loss does not clip")
       for name in ("clip_low", "clip_high")),
     ("algo.dual_clip", lambda c: c.algo.loss in ("ppo", "gspo"), "only algo.loss=ppo and gspo have it"),
     ("algo.kl_kind", lambda c: c.algo.kl_coef > 0 and c.algo.kl_in == "loss", "no KL is in the loss"),
@@ -543,6 +575,8 @@ def help_text(entry: str) -> str:
     """The usage line and every key with its default and meaning."""
     first = "+recipe=NAME" if entry == "train" else "model.path=FOLDER eval.benchmarks=[NAME,...]"
     lines = [f"usage: python -m dpsrl.{entry} {first} [group=choice ...] [key=value ...]", ""]
+    if entry == "train":
+        lines += ["  -m goes through values that are separated by commas, a run for each: -m seed=0,1,2", ""]
     for path in sorted(config_dir().iterdir()):
         if path.is_dir():
             lines.append(f"  {'+' if path.name == 'recipe' else ''}{path.name}={'|'.join(group_choices(path.name))}")

@@ -19,13 +19,13 @@ import numpy as np
 
 from dpsrl.checkpoint import CheckpointError, check_model_folder
 from dpsrl.cluster import Cluster, StallError
-from dpsrl.config import Config, help_text, load_config
+from dpsrl.config import Config, help_text, is_countdown, load_config
 from dpsrl.data.build import benchmark_prompts, load_tokenizer
 from dpsrl.data.prompts import PromptSet
 from dpsrl.groups import EVALUATION, GroupStream
 from dpsrl.pools import RolloutPool, transfer_backend
 from dpsrl.resources import check_here, num_local_gpus, resource_plan
-from dpsrl.rewards import Scorer
+from dpsrl.rewards import Scorer, try_function
 from dpsrl.run_folder import RunFolder
 from dpsrl.screen import Screen
 from dpsrl.selection.outcomes import OutcomeRule
@@ -67,11 +67,14 @@ class Benchmarks:
         self._open.close()
         self._scorers.clear()
 
-    def scorer(self, name: str) -> Scorer:
+    def reward_of(self, name: str) -> str:
         """Countdown checks itself; the others take the run's reward, or math where that is Countdown's."""
         own = self.config.reward.fn
         of_benchmark = "math" if own == "countdown" and name != "train" else own
-        fn = "countdown" if name.startswith("countdown") else of_benchmark
+        return "countdown" if is_countdown(name) else of_benchmark
+
+    def scorer(self, name: str) -> Scorer:
+        fn = self.reward_of(name)
         if fn not in self._scorers:
             reward = self.config.reward
             scorer = Scorer(fn, num_workers=reward.num_workers, deadline_s=reward.deadline_s)
@@ -200,12 +203,19 @@ def run(config: Config) -> None:
     tokenizer = load_tokenizer(config.model.path)
     with ExitStack() as stack:
         benchmarks = stack.enter_context(Benchmarks(config, tokenizer))
+        remarks = [
+            remark
+            for name, prompts in benchmarks.prompts.items()
+            for remark in try_function(benchmarks.reward_of(name), prompts[0].answer, config.reward.deadline_s)
+        ]
         stack.enter_context(folder.lock())
         folder.create()
         screen = stack.enter_context(Screen.capture(folder.logs / "driver.log"))
         for prompts in benchmarks.prompts.values():
             for sentence in prompts.report.sentences():
                 screen.line(sentence)
+        for remark in remarks:
+            screen.line(remark)
         cluster = stack.enter_context(Cluster(config, folder.logs, with_trainer=False))
         rollouts = RolloutPool(cluster, config, transfer_backend(config))
         rollouts.wait_until_up()

@@ -18,18 +18,19 @@ from omegaconf import OmegaConf
 
 from dpsrl.checkpoint import Checkpoint, check_model_folder, read_state
 from dpsrl.cluster import Cluster
-from dpsrl.config import CONTROLLER_KEYS, Config
+from dpsrl.config import Config, selector_config
 from dpsrl.data.build import load_tokenizer, training_prompts
 from dpsrl.data.prompts import PromptSet
 from dpsrl.early import EarlyTraining
 from dpsrl.evaluate import Benchmarks
 from dpsrl.groups import TRAINING, GroupStream
 from dpsrl.metrics import GroupLog, Metrics, WandbSink
+from dpsrl.own import is_own
 from dpsrl.pools import ControllerHandle, RolloutPool, TrainerPool, transfer_backend
 from dpsrl.prior import Prior, read_prior
 from dpsrl.resources import check_here, resource_plan
 from dpsrl.resume import Driver, check_same_run, choose_checkpoint, read_driver
-from dpsrl.rewards import Scorer, check_function
+from dpsrl.rewards import Scorer, check_function, try_function
 from dpsrl.run_folder import RunFolder, unwritable
 from dpsrl.screen import Screen
 from dpsrl.selection import build_selector
@@ -73,12 +74,6 @@ class Run:
         self.metrics.event(kind, text)
 
 
-def selector_config(config: Config) -> dict[str, Any]:
-    """`build_selector`'s arguments: the method, and those options that are not left to it."""
-    options = vars(config.selection).items()
-    return {name: value for name, value in options if value is not None and name not in CONTROLLER_KEYS}
-
-
 def controller_arguments(config: Config, prompt_ids: np.ndarray) -> dict[str, Any]:
     selection, batch = config.selection, config.train.batch
     return {
@@ -117,8 +112,11 @@ def preflight(config: Config) -> Checked:
     folder = RunFolder(run_path(config))
     folder.check_free(resume=config.resume != "no")
     check_model_folder(config.model.path)
-    build_selector(**selector_config(config), num_prompts=1, num_rollouts=config.rollout.num_rollouts, seed=config.seed)
+    own_method = is_own(config.selection.method)
+    if not own_method:
+        check_selection(config, num_prompts=1)
     check_function(config.reward.fn)
+    check_loss(config)
     checkpoint, remarks = choose_checkpoint(config, folder)
     tokenizer = load_tokenizer(config.model.path)
     prompts = training_prompts(config, tokenizer)
@@ -127,11 +125,28 @@ def preflight(config: Config) -> Checked:
             f"train.batch={config.train.batch} is larger than the data set's {len(prompts)} prompts: "
             f"set train.batch to at most {len(prompts)}"
         )
+    if own_method:  # which may keep something for these prompts alone
+        check_selection(config, len(prompts))
+    remarks = remarks + try_function(config.reward.fn, prompts[0].answer, config.reward.deadline_s)
     if checkpoint is not None:
         remarks = remarks + check_same_run(checkpoint, config, prompts)
     benchmarks, prior = Benchmarks(config, tokenizer), read_prior(config, prompts.ids)
     elapsed_s = read_driver(checkpoint).elapsed_s
     return Checked(folder, tokenizer, prompts, benchmarks, prior, checkpoint, remarks, started, elapsed_s)
+
+
+def check_selection(config: Config, num_prompts: int) -> None:
+    build_selector(
+        **selector_config(config), num_prompts=num_prompts, num_rollouts=config.rollout.num_rollouts, seed=config.seed
+    )
+
+
+def check_loss(config: Config) -> None:
+    """Tries out a loss of the user's own; torch takes seconds to load."""
+    if is_own(config.algo.loss):
+        from dpsrl.algo.losses import load_loss
+
+        load_loss(config.algo.loss)
 
 
 def run_path(config: Config) -> Path:

@@ -6,7 +6,6 @@ pass rate takes the likeliest groups to be mixed: the ceiling for one step, thou
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import sys
@@ -26,6 +25,7 @@ from rich.table import Table
 
 from dpsrl import plots
 from dpsrl.controller import Controller, Outcome
+from dpsrl.own import is_own, load_own
 from dpsrl.selection import METHODS
 from dpsrl.selection.options import nearest
 from dpsrl.types import UserError
@@ -59,7 +59,8 @@ T_95 = (
 USAGE = """usage: python -m dpsrl.simulate [key=value ...]
 
   worlds=a,b        of {worlds}, or my_module:MyWorld (a class or an instance of dpsrl.worlds.World)
-  methods=a,b       of {methods}; METHOD+mixed admits mixed groups alone
+  methods=a,b       of {methods}, or my_module:MyMethod;
+                    METHOD+mixed admits mixed groups alone
   METHOD.option=x   an option of a method, as dps.decay=0.5
   seeds=3           runs of each; every method meets the same worlds
   steps=0           0: the world's own number
@@ -194,13 +195,9 @@ def find_world(name: str) -> World:
     """A world by its name, or by the Python path of a class or an instance."""
     if name in WORLDS:
         return WORLDS[name]
-    module, colon, attribute = name.partition(":")
-    if not colon:
+    if not is_own(name):
         raise UserError(f"world {name!r} is unknown; {nearest(name, WORLDS)}, or give my_module:MyWorld.")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"world {name!r} could not be loaded ({error}); give my_module:MyWorld.") from error
+    found = load_own(name, f"world {name}")
     world = found() if isinstance(found, type) else found
     if not isinstance(world, World):
         raise UserError(f"world {name!r} is {type(world).__name__}, not a dpsrl.worlds.World; subclass that.")
@@ -317,9 +314,9 @@ def parse(arguments: list[str]) -> Plan:
         name, equals, value = argument.partition("=")
         if not equals:
             raise UserError(f"{argument!r} is not of the form key=value.")
-        method, dot, option = name.partition(".")
+        method, dot, option = name.rpartition(".")
         if dot:
-            if method not in METHODS:
+            if method not in METHODS and not is_own(method):
                 raise UserError(f"{argument}: method {method!r} is unknown; {nearest(method, METHODS)}.")
             plan.options.setdefault(method, {})[option] = yaml.safe_load(value)
         elif name in ("worlds", "methods"):
@@ -345,7 +342,7 @@ def check(plan: Plan) -> Plan:
     for world in plan.worlds:
         find_world(world)
     for method in plan.methods:
-        if method not in known:
+        if method not in known and not is_own(method.removesuffix("+mixed")):
             raise UserError(f"method {method!r} is unknown; {nearest(method, known)}.")
         if method != CLAIRVOYANT:
             build_controller(method, max(plan.batch, 2), 1, 0, plan)  # refuses options before anything runs

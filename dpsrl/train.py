@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from dpsrl import sweep
 from dpsrl.algo.packing import shares
 from dpsrl.batch import lay_out_step, rollout_metrics, shape_rewards, shuffled, train_groups, whole_groups
 from dpsrl.checkpoint import Checkpoint, CheckpointError, write_state
@@ -359,6 +360,8 @@ def main(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(help_text("train"))
         return 0
+    if set(arguments) & set(sweep.FLAGS):
+        return sweep.main(arguments)
     return exit_code("dpsrl", lambda: run(load_config(arguments)))
 
 

@@ -21,9 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpsrl.algo.losses import Rows, kl, log_ratio, mismatch_metrics, policy_loss, rollout_correction
+from dpsrl.algo.losses import Rows, kl, load_loss, log_ratio, mismatch_metrics, policy_loss, rollout_correction
 from dpsrl.algo.packing import MicroBatch, lay_out
 from dpsrl.config import Config, TrainerConfig
+from dpsrl.own import is_own
 from dpsrl.policy import Policy, has_flash_attention, load_policy, packed_batch
 from dpsrl.trainer_state import load_state, num_broken, save_state
 from dpsrl.types import Sent, StateLost, TrainGroup, WeightMeta
@@ -40,6 +41,7 @@ class TrainerWorker:
         self.num_updates_done = 0
         self.sender = None
         self.reference: Any = None
+        self.loss = load_loss(config.algo.loss) if is_own(config.algo.loss) else config.algo.loss
         self._sums: dict[str, float] = {}  # of the step under way: weighted sums over this rank's tokens
         self._num_skipped = 0  # updates of the step under way
         self._busy_s = 0.0
@@ -202,7 +204,7 @@ class TrainerWorker:
         )
         loss, metrics = policy_loss(
             logprobs_L, old_logprobs_L, self._tensor(micro.advantages_S)[rows.row_L], weights_L, rows,
-            algo.loss, algo.clip_low, algo.clip_high, algo.dual_clip, correction_L,
+            self.loss, algo.clip_low, algo.clip_high, algo.dual_clip, correction_L,
         )  # fmt: skip
         metrics |= mismatch_metrics(
             old_logprobs_L, rollout_L, correction_L, weights_L, rows, algo.max_importance_weight

@@ -1,96 +1,28 @@
-"""Any selection method inside TRL's `GRPOTrainer`, or any torch training loop.
+"""Any selection method inside TRL's `GRPOTrainer`.
 
     trainer = GRPOTrainer(model, reward_funcs=reward, args=args, train_dataset=dataset)
     select_prompts(trainer, "forecast")
     trainer.train()
 
-Owns the sampler that asks a selector for the next prompts, the hook that tells it how they went, and the file beside
-TRL's checkpoints that lets a resumed run go on with the same selections. Knows nothing of the rest of dpsrl's training.
+Owns the hook that tells the sampler how its prompts went, and the file beside TRL's checkpoints that lets a resumed run
+go on with the same selections. Knows nothing of the rest of dpsrl's training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
 
-from dpsrl.selection import Selector, build_selector
+from dpsrl.sampler import PromptSampler
+from dpsrl.selection import build_selector
 from dpsrl.selection.outcomes import OutcomeRule
 from dpsrl.types import UserError
 
 STATE_FILE = "dpsrl_selection.npz"
 INDEX = "dpsrl_index"  # column of the data set: the row, which rewards are reported by
-
-
-class PromptSampler(Sampler):
-    """Row indices for a DataLoader, chosen batch by batch as late as possible.
-
-    An epoch is num_prompts // batch batches, whichever prompts are in them. Each batch is yielded `repeat_batch`
-    times, and each of its prompts `repeat_prompt` times in a row. A loader that fetches ahead asks for a batch before
-    the rewards of the one before are known: prompts without rewards are not selected again meanwhile, as long as
-    enough others are left.
-    """
-
-    def __init__(self, selector: Selector, batch: int, repeat_prompt: int = 1, repeat_batch: int = 1) -> None:
-        if not 1 <= batch <= selector.num_prompts:
-            raise UserError(
-                f"the batch of {batch} prompts must be from 1 to the {selector.num_prompts} of the data set; "
-                "make it smaller or bring more prompts."
-            )
-        self.selector, self.batch = selector, batch
-        self.repeat_prompt, self.repeat_batch = repeat_prompt, repeat_batch
-        self.history: list[np.ndarray] = []  # batches of this epoch, to be gone through again by a resumed run
-        self._replay: list[np.ndarray] = []
-        self._waiting: dict[int, None] = {}  # selected, rewards not known yet
-
-    def __len__(self) -> int:
-        return self.selector.num_prompts // self.batch * self.batch * self.repeat_prompt * self.repeat_batch
-
-    def __iter__(self) -> Iterator[int]:
-        self.history, replay, self._replay = [], self._replay, []
-        for number in range(self.selector.num_prompts // self.batch):
-            rows = replay[number] if number < len(replay) else self._select()
-            self.history.append(rows)
-            for _ in range(self.repeat_batch):
-                for row in rows.tolist():
-                    yield from [row] * self.repeat_prompt
-
-    def _select(self) -> np.ndarray:
-        busy = list(self._waiting)
-        if self.selector.num_prompts - len(busy) < self.batch:
-            busy = []
-        rows = self.selector.select(self.batch, exclude=busy)
-        self._waiting |= dict.fromkeys(rows.tolist())
-        return rows
-
-    def observe(self, rows: np.ndarray, num_solved: np.ndarray, num_rollouts: np.ndarray) -> None:
-        """How one batch of groups went; see `Selector.observe`. Once per generation batch."""
-        self.selector.observe(rows, num_solved, num_rollouts)
-        for row in np.asarray(rows).tolist():
-            self._waiting.pop(row, None)
-
-    def state_dict(self) -> dict[str, np.ndarray]:
-        own = {
-            "history": np.array(self.history, dtype=np.int64).reshape(-1, self.batch),
-            "waiting": np.array(list(self._waiting), dtype=np.int64),
-        }
-        return own | {f"selector.{name}": array for name, array in self.selector.state_dict().items()}
-
-    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """The next epoch begins with the batches that were chosen in the saved one, and goes on from there."""
-        if state["history"].shape[1] != self.batch:
-            raise UserError(
-                f"the saved selection has batches of {state['history'].shape[1]} prompts, not {self.batch}; "
-                "resume with the same batch size and number of generations."
-            )
-        selector_state = {k.removeprefix("selector."): v for k, v in state.items() if k.startswith("selector.")}
-        self.selector.load_state_dict(selector_state)
-        self._replay = list(state["history"])
-        self._waiting = dict.fromkeys(state["waiting"].tolist())
 
 
 def select_prompts(
@@ -120,6 +52,7 @@ def select_prompts(
         batch=trainer.args.generation_batch_size // trainer.num_generations,
         repeat_prompt=trainer.num_generations,
         repeat_batch=trainer.num_iterations * trainer.args.steps_per_generation,
+        ahead=1,  # accelerate looks for the end of an epoch one batch early
     )
 
     class Saving(TrainerCallback):
@@ -144,7 +77,7 @@ def select_prompts(
                 f"{checkpoint} has no {STATE_FILE}: it was saved without prompt selection; start a new run."
             )
         with np.load(path, allow_pickle=False) as state:
-            sampler.load_state_dict(dict(state))
+            sampler.load_state_dict(dict(state), replay=True)
         return load_checkpoint(checkpoint, *args, **kwargs)
 
     trainer._get_train_sampler = lambda dataset=None: sampler

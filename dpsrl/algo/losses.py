@@ -9,15 +9,22 @@ weight, and they are the update's means.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dpsrl.own import check_call, load_own, told
+from dpsrl.types import UserError
+
 LOG_RATIO_LIMIT = 20.0  # exp(20) = 4.9e8: far beyond any clip, and still finite in float32
 KINDS = ("ppo", "gspo", "cispo", "reinforce")
 CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 KL_KINDS = ("k1", "k2", "k3")
+
+
+OwnLoss = Callable[[Tensor, Tensor, Tensor, "Rows"], Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ def policy_loss(
     advantages_L: Tensor,
     weights_L: Tensor,
     rows: Rows,
-    kind: str = "ppo",
+    kind: str | OwnLoss = "ppo",
     clip_low: float = 0.2,
     clip_high: float = 0.28,
     dual_clip: float | None = 10.0,
@@ -56,6 +63,8 @@ def policy_loss(
     cispo:      -stop_gradient(clip(r, 1 - clip_low, 1 + clip_high)) A logprob  (CISPO, MiniMax-M1 2506.13585 eq. 4)
     reinforce:  -A logprob                                                      (RLOO 2402.14740 eq. 3)
 
+    own:        what a function of the user's own gives for each token (`load_loss`)
+
     and for ppo and gspo, where A < 0, at most -dual_clip A (dual-clip PPO, 1912.09729). Every loss is multiplied by
     `correction_L` (`rollout_correction`), where given.
 
@@ -63,13 +72,15 @@ def policy_loss(
     None for none. Metrics: shares of loss tokens `clip_low_share`, `clip_high_share`, `dual_clip_share`, and
     `policy_kl`, the k3 estimate of KL(old || new).
     """
-    assert kind in KINDS, kind
+    assert callable(kind) or kind in KINDS, kind
     token_log_ratio_L = log_ratio(logprobs_L, old_logprobs_L.detach())
     log_ratio_L = rows.mean(token_log_ratio_L)[rows.row_L] if kind == "gspo" else token_log_ratio_L
     ratio_L = log_ratio_L.exp()
     clipped_L = ratio_L.clamp(1.0 - clip_low, 1.0 + clip_high)
     dual_L = torch.zeros_like(ratio_L, dtype=torch.bool)
-    if kind == "reinforce":
+    if callable(kind):
+        loss_L = kind(logprobs_L, old_logprobs_L.detach(), advantages_L, rows)
+    elif kind == "reinforce":
         loss_L = -advantages_L * logprobs_L
     elif kind == "cispo":
         loss_L = -clipped_L.detach() * advantages_L * logprobs_L
@@ -82,7 +93,7 @@ def policy_loss(
             loss_L = torch.where(dual_L, ceiling_L, loss_L)
     if correction_L is not None:
         loss_L = loss_L * correction_L.detach()
-    clips = kind != "reinforce"
+    clips = kind in ("ppo", "gspo", "cispo")
     metrics = {
         "clip_low_share": clips & (advantages_L < 0) & (ratio_L < 1.0 - clip_low),
         "clip_high_share": clips & (advantages_L > 0) & (ratio_L > 1.0 + clip_high),
@@ -90,6 +101,41 @@ def policy_loss(
         "policy_kl": kl(token_log_ratio_L, "k3"),
     }
     return (loss_L * weights_L).sum(), weighted_sums(metrics, weights_L)
+
+
+def load_loss(name: str) -> OwnLoss:
+    """The loss at `my_module:function`, tried on a tiny batch: UserError unless it gives a finite number for each
+    token, which depends on the logprobs.
+
+    It is called with (logprobs_L, old_logprobs_L, advantages_L, rows), as `policy_loss` has them. What it gives is
+    multiplied by the correction and the weights, and summed, as all losses are.
+    """
+    label = f"algo.loss={name}"
+    function = load_own(name, label)
+    check_call(function, label, 4, f"def {name.partition(':')[2]}(logprobs, old_logprobs, advantages, rows)")
+
+    def loss(logprobs_L: Tensor, old_logprobs_L: Tensor, advantages_L: Tensor, rows: Rows) -> Tensor:
+        try:
+            loss_L = function(logprobs_L, old_logprobs_L, advantages_L, rows)
+        except Exception as error:  # whatever a person's function does
+            raise UserError(f"{label} failed with {told(error)}; mend it.") from error
+        if not isinstance(loss_L, Tensor) or loss_L.shape != logprobs_L.shape:
+            given = f"a tensor {tuple(loss_L.shape)}" if isinstance(loss_L, Tensor) else type(loss_L).__name__
+            raise UserError(
+                f"{label} returned {given} for {len(logprobs_L)} tokens; return a tensor with a loss for each."
+            )
+        return loss_L
+
+    rows = Rows(torch.tensor([0, 0, 0, 1, 1]), 2)
+    old_L, advantages_L = torch.tensor([-0.5, -1.5, -0.1, -2.0, -0.7]), torch.tensor([1.0, -1.0])[rows.row_L]
+    logprobs_L = (old_L + torch.tensor([0.1, -0.1, 0.0, 0.05, -0.02])).requires_grad_()
+    loss_L = loss(logprobs_L, old_L, advantages_L, rows)
+    (gradient_L,) = torch.autograd.grad(loss_L.sum() + 0.0 * logprobs_L.sum(), logprobs_L)
+    if not gradient_L.any():
+        raise UserError(f"{label} has no gradient in the logprobs; compute it from them, in torch, without detach.")
+    if not (loss_L.isfinite().all() and gradient_L.isfinite().all()):
+        raise UserError(f"{label} or its gradient is not finite on a tiny batch; clamp what may grow or divide by 0.")
+    return loss
 
 
 def rollout_correction(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dpsrl.config import Config
+from dpsrl.config import Config, is_countdown
 from dpsrl.data import countdown
 from dpsrl.data.datasets import LoadReport, Row, find_benchmark, load_rows
 from dpsrl.data.prompts import PromptSet
@@ -54,14 +54,14 @@ def _is_scorable(config: Config) -> Callable[[Any], bool] | None:
 
 
 def benchmark_prompts(name: str, config: Config, tokenizer: Any) -> PromptSet:
-    """Held-out prompts: 'countdown', 'countdown3', ..., a file in data.eval_dir, or a Hugging Face name.
+    """Held-out prompts: 'countdown', 'countdown3', ..., a file in data.eval_dir, a Hugging Face name, or a function.
 
     'train' is the training prompts, for an anchor pass over them.
     """
     data = config.data
     if name == "train":
         return training_prompts(config, tokenizer)
-    if name.startswith("countdown"):
+    if is_countdown(name):
         numbers = data.countdown.numbers if name == "countdown" else [_count_of(name)]
         return _countdown(config, tokenizer, numbers, data.countdown.num_test, "test")
     return _prompts_of(find_benchmark(name, data.eval_dir), "test", config, tokenizer)

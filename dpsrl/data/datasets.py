@@ -1,4 +1,4 @@
-"""Rows of a data set from a local file or the Hugging Face hub, and a report of what was wrong with others.
+"""Rows of a data set from a local file, the Hugging Face hub or a function, and a report of what was wrong with others.
 
 A row that is not usable is dropped with its number and the reason, and never shifts or retypes its neighbours; too many
 of them, and the data set is refused. Knows nothing of tokens.
@@ -19,6 +19,8 @@ from typing import Any
 
 from dpsrl.data.files import MAX_ROW_BYTES, TOO_LARGE, first_line, likely_kind
 from dpsrl.data.json_files import json_lines, json_list
+from dpsrl.data.own import own_rows
+from dpsrl.own import is_own
 from dpsrl.types import UserError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
@@ -100,11 +102,10 @@ def load_rows(
     split: str = "train",
     max_bad_share: float = 1.0,
 ) -> tuple[Sequence[Row], LoadReport]:
-    """Usable rows of a .jsonl, .json, .parquet or .arrow file, or of a Hugging Face data set.
+    """Usable rows of a .jsonl, .json, .parquet or .arrow file, of a Hugging Face data set, or of a function.
 
-    Those of Parquet and Arrow files stay on disk.
-
-    The latter is `owner/name` or `owner/name:configuration`, and `split` is its split. UserError where the
+    Those of Parquet and Arrow files stay on disk. A Hugging Face data set is `owner/name` or
+    `owner/name:configuration`, and `split` is its split; a function is `my_module:function`. UserError where the
     source is missing, empty, of another kind, changes while it is read, has no usable row or a larger share of unusable
     ones than `max_bad_share`.
     """
@@ -140,7 +141,7 @@ def _rows_in_memory(
 ) -> tuple[list[Row], set[str]]:
     """(usable rows, names of columns: the two, where they occur, and some of the others)."""
     rows, columns = [], set()
-    for number, item in _items(source, split):
+    for number, item in _items(source, split, prompt_key, answer_key):
         report.num_rows += 1
         if isinstance(item, str):
             report.drop(item, number)
@@ -198,13 +199,18 @@ def _has_lone_surrogate(text: str) -> bool:
     return not text.isascii() and re.search("[\ud800-\udfff]", text) is not None
 
 
-def _items(source: str, split: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+def _items(source: str, split: str, prompt_key: str, answer_key: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """(row number from 1, the row's columns or the reason why it could not be read)."""
+    if is_own(source):
+        yield from enumerate(own_rows(source, prompt_key, answer_key), 1)
+        return
     path = Path(source)
     if path.suffix not in SUFFIXES:
         if os.path.exists(path) or FILE_SUFFIX.search(source) or not HUB_NAME.fullmatch(source):
             kinds = ", ".join(SUFFIXES)
-            raise UserError(f"{source} is no data set: give a {kinds} file or a Hugging Face owner/name")
+            raise UserError(
+                f"{source} is no data set: give a {kinds} file, a Hugging Face owner/name or my_module:function"
+            )
         yield from enumerate(_hub_rows(source, split), 1)
     elif not os.path.isfile(path):
         raise UserError(f"{source} does not exist or is no file: give the path of a data file")
@@ -244,8 +250,8 @@ def _hub_answers(endpoint: str) -> bool:
 
 
 def find_benchmark(name: str, eval_dir: str) -> str:
-    """The file of a benchmark in `eval_dir`, or `name` itself where it is a Hugging Face name."""
-    if HUB_NAME.fullmatch(name):
+    """The file of a benchmark in `eval_dir`, or `name` itself where it is a Hugging Face name or a function."""
+    if HUB_NAME.fullmatch(name) or is_own(name):
         return name
     for suffix in SUFFIXES:
         path = Path(eval_dir) / f"{name}{suffix}"

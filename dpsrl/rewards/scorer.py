@@ -51,9 +51,9 @@ class Scorer:
     fn: "math", "countdown", or "my_module:function" of (response, answer) that returns a Score, a bool or a
     number (correct from 1.0 on); deadline_s: wall clock for one response. `missing` counts the responses that
     got no score, by reason: "timeout" (over the deadline), "crash" (the function raised, ran out of memory, or
-    its process died twice), "invalid" (it returned no finite number). `num_replaced` counts processes that were
-    ended or found dead, `slowest_s` is the longest that processes had one item in hand. May be used from
-    several threads, one at a time.
+    its process died twice), "invalid" (it returned no finite number); `why` has a few words on the first of each.
+    `num_replaced` counts processes that were ended or found dead, `slowest_s` is the longest that processes had one
+    item in hand. May be used from several threads, one at a time.
     """
 
     def __init__(self, fn: str, num_workers: int = 1, deadline_s: float = 5.0) -> None:
@@ -64,6 +64,7 @@ class Scorer:
         check_function(fn)
         self.fn, self.deadline_s = fn, deadline_s
         self.missing = {TIMEOUT: 0, CRASH: 0, INVALID: 0}
+        self.why: dict[str, str] = {}
         self.num_replaced = 0
         self.slowest_s = 0.0
         self._num_start_failures = 0
@@ -209,6 +210,7 @@ class Scorer:
 
     def _count_missing(self, reason: str, why: str) -> None:
         if not self.missing[reason]:
+            self.why[reason] = why
             logger.warning("reward %s is missing for a response: %s. Counted from here on.", self.fn, why)
         self.missing[reason] += 1
 
@@ -246,6 +248,27 @@ def check_function(fn: str) -> None:
         load_function(fn)
     elif fn == "math" and find_spec("math_verify") is None:
         raise UserError("reward.fn=math needs math-verify, which is not installed; pip install math-verify.")
+
+
+def try_function(fn: str, answer: Any, deadline_s: float) -> list[str]:
+    """Scores the first prompt's answer and a wrong one with a function of a user's own; remarks on what failed.
+
+    UserError where it returns what is no reward.
+    """
+    if fn in BUILT_IN:
+        return []
+    right = answer[0] if isinstance(answer, list) else answer
+    with Scorer(fn, deadline_s=deadline_s) as scorer:
+        scorer.score([(str(right), answer), ("I do not know.", answer)])
+    if INVALID in scorer.why:
+        raise UserError(
+            f"reward.fn={fn} was tried on the first prompt, and {scorer.why[INVALID]}; have it return one of these."
+        )
+    return [
+        f"warning: reward.fn={fn} was tried on the first prompt, and {why}; the rewards of such responses will be "
+        "missing, which is not 0"
+        for why in scorer.why.values()
+    ]
 
 
 class _Worker:

@@ -8,8 +8,6 @@ imports neither the parent's main module nor torch.
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import math
 import numbers
 import os
@@ -24,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from dpsrl.own import check_call, is_own, load_own, printable, told
 from dpsrl.types import Score, UserError
 
 BUILT_IN = {"math": "dpsrl.rewards.math:score", "countdown": "dpsrl.rewards.countdown:score"}
@@ -46,34 +45,11 @@ def load_function(name: str) -> RewardFunction:
 
     Raises UserError where there is none of that name, or it does not take (response, answer).
     """
-    module_name, colon, function_name = BUILT_IN.get(name, name).partition(":")
-    if not colon or not all(part.isidentifier() for part in [*module_name.split("."), function_name]):
+    if name not in BUILT_IN and not is_own(name):
         raise UserError(f"reward.fn={name} must be one of {', '.join(BUILT_IN)} or my_module:function.")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    importlib.invalidate_caches()
-    try:
-        module = importlib.import_module(module_name)
-    except (ImportError, SyntaxError) as error:
-        raise UserError(
-            f"reward.fn={name} could not be imported ({_one_line(error)}); check the name and that module."
-        ) from error
-    function = vars(module).get(function_name)
-    if not callable(function):
-        raise UserError(f"reward.fn={name}: {module_name} has no function {function_name}; check the name.")
-    if not _takes_two(function):
-        raise UserError(f"reward.fn={name} must take two arguments, (response, answer); change the function.")
+    function = load_own(BUILT_IN.get(name, name), f"reward.fn={name}")
+    check_call(function, f"reward.fn={name}", 2, "def score(response: str, answer) -> float")
     return function
-
-
-def _takes_two(function: RewardFunction) -> bool:
-    try:
-        inspect.signature(function).bind("", "")
-    except TypeError:
-        return False
-    except ValueError:  # some functions written in C tell no signature
-        return True
-    return True
 
 
 def as_score(result: Any) -> Score | None:
@@ -106,19 +82,11 @@ def judge(function: RewardFunction, response: str, answer: Any) -> tuple[Any, ..
         return EXHAUSTED, "it ran out of memory"
     # The one place where any error is an outcome: a person's function failed on this item, and only on it.
     except Exception as error:
-        return CRASH, _one_line(error)
+        return CRASH, told(error)
     score = as_score(result)
     if score is None:
-        return INVALID, f"it returned {_printable(repr(result))}, not a Score, a bool or a finite number"
+        return INVALID, f"it returned {printable(repr(result))}, not a Score, a bool or a finite number"
     return SCORED, score.reward, score.correct
-
-
-def _one_line(error: BaseException) -> str:
-    return _printable(f"{type(error).__name__}: {error}")
-
-
-def _printable(text: str) -> str:
-    return " ".join(text[:300].split()).encode("ascii", "backslashreplace").decode()
 
 
 def main() -> None:

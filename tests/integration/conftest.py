@@ -27,9 +27,9 @@ class FinishedRun:
         return [json.loads(line) for line in (self.folder / name).read_text().splitlines()]
 
 
-def run_module(module: str, *arguments: str) -> subprocess.CompletedProcess:
+def run_module(module: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_GUARD_S, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_GUARD_S, check=False, cwd=cwd)
 
 
 def train_arguments(folder: Path, *arguments: str) -> list[str]:

@@ -57,7 +57,7 @@ def test_groups_without_a_gradient_are_skipped_only_where_that_is_exact():
     groups = train_groups([group(0, [1.0, 1.0], [3, 3]), group(1, [1.0, 0.0], [3, 3])], config())
     for arguments, num_rollouts in (
         ([], 2), (["algo.entropy_coef=0.01"], 4),
-        (["algo.kl_coef=0.1"], 4), (["algo.kl_coef=0.1", "algo.kl_in=reward"], 2),
+        (["algo.kl_coef=0.1"], 4), (["algo.kl_coef=0.1", "algo.kl_in=reward"], 2), (["algo.loss=my:own"], 4),
     ):  # fmt: skip
         (update,) = lay_out_step(groups, config(*arguments))
         assert sum(micro.ids_S.size for micro in update.ranks[0]) == num_rollouts, arguments

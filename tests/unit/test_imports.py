@@ -15,7 +15,7 @@ UPPER = {
     "rollout", "trainer", "weight_sync", "cluster", "pools", "weights", "groups", "early", "launch", "train",
     "evaluate",
 }  # fmt: skip
-WITH_TORCH = {"algo.losses", "policy", "engine_weights", "trainer_state", "trl"}
+WITH_TORCH = {"algo.losses", "policy", "engine_weights", "trainer_state", "sampler", "trl"}
 
 
 def modules():

@@ -89,6 +89,15 @@ def test_reward_function(refuse):
     assert "my_rewards" in refuse("+recipe=quickstart", "reward.fn=my_rewards:score")
 
 
+def test_own_parts(refuse, tmp_path):
+    for key in ("data.train", "selection.method", "algo.loss", "eval.benchmarks"):
+        value = "[nowhere:part]" if key == "eval.benchmarks" else "nowhere:part"
+        message = refuse("+recipe=quickstart", f"{key}={value}")
+        assert "nowhere:part" in message and f"there is no module nowhere in {tmp_path}" in message
+    (tmp_path / "texts.py").write_text("def score(response, answer): return 'good'\n")
+    assert "returned 'good', not a Score" in refuse("+recipe=quickstart", "reward.fn=texts:score")
+
+
 def test_run_folder(refuse, tmp_path):
     (tmp_path / "old").mkdir()
     (tmp_path / "old/metrics.jsonl").touch()

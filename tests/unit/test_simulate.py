@@ -104,7 +104,7 @@ def test_a_users_world_by_its_path(tmp_path, monkeypatch):
     assert simulate("mine:Mine", "uniform", 0, Plan(**SMALL)).mixed_share > 0.5
     with pytest.raises(UserError, match="not a dpsrl.worlds.World"):
         find_world("mine:nothing")
-    with pytest.raises(UserError, match="could not be loaded"):
+    with pytest.raises(UserError, match="there is no Absent in mine"):
         find_world("mine:Absent")
     sys.modules.pop("mine")
 

@@ -1,0 +1,217 @@
+"""`python -m dpsrl.train -m +recipe=NAME selection=dps,uniform seed=0,1 ...`: one run after another, then one page.
+
+Each combination of the values that are separated by commas, or written as choice() or range(), is a run of
+`dpsrl.train` in `<sweep>/<its values>`. A run that fails does not end the others. The same command with the same
+`run.dir` goes on where the sweep was: finished runs are not repeated, others go on from their last checkpoint.
+Owns that order and the processes; knows nothing of training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from dpsrl.config import load_config
+from dpsrl.report import Run, load_run, write_page
+from dpsrl.run_folder import RunFolder
+from dpsrl.screen import duration
+from dpsrl.types import UserError
+
+FLAGS = ("-m", "--multirun")
+ENTRY = (sys.executable, "-m", "dpsrl.train")
+MAX_NAME_CHARS = 100
+PLAIN = {"highlight": False, "markup": False, "soft_wrap": True}  # how lines are printed
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)  # what a run gets at the first, second and third request
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a command line asks for: the folder, the arguments of all runs, and those of each by its folder's name."""
+
+    folder: Path
+    shared: list[str]
+    runs: dict[str, list[str]]
+
+    def arguments(self, name: str) -> list[str]:
+        return [*self.shared, *self.runs[name]]
+
+
+def plan(arguments: list[str]) -> Plan:
+    """UserError where nothing is swept, or any of the runs would be refused."""
+    shared, swept, folder = [], [], ""
+    for argument in arguments:
+        try:
+            override = OverridesParser.create().parse_override(argument)
+        except HydraException:
+            raise UserError(f"{argument!r} is not of the form key=value") from None
+        name = override.key_or_group
+        if name == "resume" or (name == "run.dir" and override.is_sweep_override()):
+            raise UserError(
+                f"{argument}: each run of a sweep has a folder of its own and is taken up there; leave it out"
+            )
+        if name == "run.dir":
+            folder = str(override.value())
+        elif not override.is_sweep_override():
+            shared.append(argument)
+        elif override.is_choice_sweep() or override.is_range_sweep():
+            key = argument.partition("=")[0]
+            swept.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        else:
+            raise UserError(f"{argument} cannot be gone through: write {name}=a,b or {name}=range(0,3)")
+    if not swept:
+        raise UserError("-m has nothing to go through: separate the values of a key by commas, as seed=0,1")
+    runs = {folder_name(values): list(values) for values in itertools.product(*swept)}
+    configs = [load_config([*shared, *values]) for values in runs.values()]
+    default = f"runs/{configs[0].run.name}-sweep-{time.strftime('%Y%m%d-%H%M%S')}"
+    return Plan(Path(folder or default), shared, runs)
+
+
+def folder_name(values: Sequence[str]) -> str:
+    """The values themselves, as far as a name can hold them; else with a hash, so that no two are alike."""
+    whole = ",".join(value.lstrip("+") for value in values)
+    name = re.sub(r"[^\w=.,+-]", "_", whole)[:MAX_NAME_CHARS]
+    return name if name == whole else f"{name}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+
+
+def check_same_sweep(asked: Plan) -> None:
+    """UserError where the folder holds a sweep with other arguments; runs may be added to one."""
+    path, shared = asked.folder / "sweep.json", sorted(asked.shared)
+    if path.is_file():
+        before = json.loads(path.read_text())
+        if before != shared:
+            raise UserError(
+                f"run.dir={asked.folder} holds a sweep of {' '.join(before)}: give the same, or another run.dir"
+            )
+    elif asked.folder.is_dir() and any(entry.name != "lock" for entry in asked.folder.iterdir()):
+        raise UserError(f"run.dir={asked.folder} is occupied, but not by a sweep: choose another folder")
+
+
+class Runs:
+    """Starts one run at a time, each in a process group of its own, and passes requests to stop on to it."""
+
+    def __init__(self, asked: Plan, entry: Sequence[str]) -> None:
+        self.asked, self.entry = asked, entry
+        self.num_stops = 0
+        self.process: subprocess.Popen | None = None
+
+    def stop(self, number: int, frame: object) -> None:
+        self.num_stops += 1
+        os.write(2, b"asked to stop: the run under way is to save and end; once more, and it ends at once\n")
+        if self.process:
+            self.process.send_signal(STOPS[min(self.num_stops, len(STOPS)) - 1])
+
+    def run(self, name: str) -> int:
+        """The exit code; what it prints goes to `<sweep>/<name>.log`."""
+        folder = self.asked.folder / name
+        command = [*self.entry, *self.asked.arguments(name), f"run.dir={quoted(folder)}", "resume=auto"]
+        with folder.with_name(f"{name}.log").open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, process_group=0)
+            if self.num_stops:  # it came while the process was being started
+                self.process.send_signal(STOPS[0])
+            return self.process.wait()
+
+
+def quoted(folder: Path) -> str:
+    """A path as hydra takes it: the names of runs have equal signs and commas in them."""
+    text = str(folder).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{text}'"
+
+
+def sweep(asked: Plan, console: Console, entry: Sequence[str] = ENTRY) -> int:
+    """Runs what is not finished yet, prints the table and writes the page. 0 if all runs are finished, else 1."""
+    check_same_sweep(asked)
+    with RunFolder(asked.folder).lock():
+        (asked.folder / "sweep.json").write_text(json.dumps(sorted(asked.shared)))
+        runs, states = Runs(asked, entry), {}
+        before = {number: signal.signal(number, runs.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            for place, name in enumerate(asked.runs, 1):
+                states[name] = run_one(runs, name, console, f"[{place}/{len(asked.runs)}] {name}")
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        conclude(asked, states, console)
+    return 0 if all(state == "finished" for state in states.values()) else 1
+
+
+def run_one(runs: Runs, name: str, console: Console, label: str) -> str:
+    """How it ended: finished, stopped, not started, or the last line of a run that failed."""
+    folder = runs.asked.folder / name
+    if is_finished(folder):
+        console.print(f"{label}: finished before", **PLAIN)
+        return "finished"
+    if runs.num_stops:
+        return "not started"
+    log = folder.with_name(f"{name}.log")
+    console.print(f"{label}: started, its output is {log}", **PLAIN)
+    code = runs.run(name)
+    if is_finished(folder):
+        return "finished"
+    if runs.num_stops or code == 0:  # somebody asked it to stop
+        return "stopped"
+    last = (log.read_text(errors="replace").strip().splitlines() or [""])[-1]
+    console.print(f"{label}: failed with exit code {code}: {last}", **PLAIN)
+    return f"failed: {last}"
+
+
+def is_finished(folder: Path) -> bool:
+    """The summary is the last that a run writes."""
+    return (folder / "summary.json").is_file()
+
+
+def conclude(asked: Plan, states: dict[str, str], console: Console) -> None:
+    table = Table("run", "accuracy", "mixed", "rollouts", "steps", "time", box=None)
+    finished = {name: load_run(asked.folder / name) for name, state in states.items() if state == "finished"}
+    for name, state in states.items():
+        table.add_row(name, *(cells_of(finished[name]) if name in finished else (escape(state),)))
+    console.print(table)
+    if finished:
+        page = write_page(list(finished.values()), asked.folder / "report.html")
+        console.print(f"page  {page}", **PLAIN)
+    if left := len(states) - len(finished):
+        sentence = (
+            f"{left} of {len(states)} runs are not finished: the same command with run.dir={asked.folder} goes on"
+        )
+        console.print(sentence, **PLAIN)
+
+
+def cells_of(run: Run) -> tuple[str, ...]:
+    first, last, share = (run.summary[name] for name in ("eval_first", "eval_last", "mixed_share"))
+    accuracy = [f"{name} {first[name]:.3f} to {last[name]:.3f}" for name in first if name in last]
+    return (
+        ", ".join(accuracy), "" if share is None else f"{share:.1%}", f"{run.summary['num_rollouts']:,}",
+        f"{run.summary['steps']:,}", duration(run.summary["wall_s"]),
+    )  # fmt: skip
+
+
+def main(arguments: list[str], entry: Sequence[str] = ENTRY) -> int:
+    """1 where a run is not finished, 2 where none could be started. dry_run=true checks each and prints its plan."""
+    try:
+        asked = plan([argument for argument in arguments if argument not in FLAGS])
+        if "dry_run=true" in asked.shared:
+            checks = [[*entry, *asked.arguments(name)] for name in asked.runs]
+            return max(subprocess.run(check, check=False).returncode for check in checks)
+        return sweep(asked, Console(), entry)
+    except UserError as error:
+        print(f"dpsrl.sweep: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
