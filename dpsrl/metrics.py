@@ -288,17 +288,20 @@ def _read_all(path: Path) -> tuple[list[Record], int]:
 def summarize(records: Sequence[Record], policy_version: int, wall_s: float) -> dict[str, Any]:
     """summary.json of a run from its records.
 
-    `eval_first` and `eval_last`: benchmark -> accuracy, the latter of those evaluated more than once;
-    `eval_measure` says which, as avg@8. `mixed_share` weighs steps by their rollouts. `time_s`: seconds by
-    phase; phases that run at once may exceed `wall_s`.
+    `eval_first`, `eval_last` and `eval_best`: benchmark -> accuracy, `eval_last` of those evaluated more than once;
+    `eval_best_step` has the best one's step, `eval_measure` says which measure, as avg@8. `mixed_share` weighs steps by
+    their rollouts. `time_s`: seconds by phase; phases that run at once may exceed `wall_s`.
     """
     evals: dict[str, list[tuple[str, float]]] = {}
+    best: dict[str, tuple[float, int]] = {}  # the first of equal ones
     time_s: dict[str, float] = {}
     for record in records:
         for name, value in record.items():
             match = EVAL_KEY.fullmatch(name)
             if match and match["measure"] == "avg" and value is not None:
                 evals.setdefault(match["benchmark"], []).append((f"avg@{match['k']}", value))
+                if match["benchmark"] not in best or value > best[match["benchmark"]][0]:
+                    best[match["benchmark"]] = value, record["step"]
         for phase, seconds in phase_seconds(record).items():
             time_s[phase] = time_s.get(phase, 0.0) + seconds
     return {
@@ -307,6 +310,8 @@ def summarize(records: Sequence[Record], policy_version: int, wall_s: float) -> 
         "wall_s": wall_s,
         "eval_first": {benchmark: values[0][1] for benchmark, values in evals.items()},
         "eval_last": {benchmark: values[-1][1] for benchmark, values in evals.items() if len(values) > 1},
+        "eval_best": {benchmark: value for benchmark, (value, _) in best.items()},
+        "eval_best_step": {benchmark: step for benchmark, (_, step) in best.items()},
         "eval_measure": {benchmark: values[-1][0] for benchmark, values in evals.items()},
         "mixed_share": mixed_share(records),
         "policy_version": policy_version,

@@ -178,6 +178,8 @@ def test_the_summary_of_a_run_worked_by_hand():
         "wall_s": 60.0,
         "eval_first": {"countdown": 0.25, "aime24": 0.125},
         "eval_last": {"countdown": 0.5},
+        "eval_best": {"countdown": 0.5, "aime24": 0.125},
+        "eval_best_step": {"countdown": 4, "aime24": 4},
         "eval_measure": {"countdown": "avg@8", "aime24": "avg@4"},
         "mixed_share": pytest.approx((100 * 0.5 + 300 * 0.9) / 400),
         "policy_version": 4,
