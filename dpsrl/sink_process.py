@@ -23,6 +23,7 @@ Write = Callable[[dict[str, Any]], None]
 
 def open_wandb(options: dict[str, Any]) -> tuple[Write, Callable[[], None]]:
     """A run of the same id after a resume, so that its curve goes on; offline unless WANDB_MODE says otherwise."""
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it would report home, offline too
     import wandb
 
     run = wandb.init(

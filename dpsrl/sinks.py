@@ -55,15 +55,15 @@ class Sink:
 
     def __init__(
         self, name: str, options: Mapping[str, Any], say: Callable[[str], None], *, process: Path = PROCESS,
-        silent_s: float = SILENT_S, finish_s: float = FINISH_S, clock: Callable[[], float] = time.monotonic,
+        silent_s: float = SILENT_S, finish_s: float | None = None, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self.name, self._say, self._clock = name, say, clock
-        self._silent_s, self._finish_s = silent_s, finish_s
+        self._silent_s, self._finish_s = silent_s, finish_s or FINISH_S
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._error, self._over = "", False
         # -P: beside the file lie modules of our own that are named like Python's.
         self._process = subprocess.Popen(
-            [sys.executable, "-P", str(process), str(finish_s)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, "-P", str(process), str(self._finish_s)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             text=True, start_new_session=True,  # Ctrl-C ends the run, which then closes this
         )  # fmt: skip
         self._processes = Followed()
