@@ -187,7 +187,7 @@ def stage_row(stage: Stage, width: int) -> Text:
 def with_bar(before: str, after: str, done: int, total: int, width: int, style: str) -> Text:
     """Words on both sides of a bar that takes the room between them, if there is something to count and room."""
     room = width - len(before) - len(after)
-    text = Text(before, "bold")
+    text = Text.assemble((before, "bold"))
     if total and room >= 4:
         halves = min(2 * room, int(2 * room * done / total))
         text.append(BAR * (halves // 2) + BAR_END * (halves % 2), style)
