@@ -160,10 +160,13 @@ class Metrics:
         """Reduces what came in since the last call, writes it out and returns it."""
         self.step = step
         record, self._values = self.so_far(step), {}
+        self._write(record)
+        return record
+
+    def _write(self, record: Record) -> None:
         self._file.write(record)
         for sink in self._sinks:
             sink(record)
-        return record
 
     def event(self, kind: str, text: str) -> None:
         """A line of its own for what happened beside the steps."""
@@ -177,7 +180,7 @@ class Metrics:
     def restore(self, record: Record) -> None:
         """Writes a step's record where the run was killed between its checkpoint and its line."""
         if all(written["step"] != record["step"] for written in read_lines(self._file.path)[0]):
-            self._file.write(record)
+            self._write(record)
 
     def close(self) -> None:
         self._file.close()

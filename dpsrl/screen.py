@@ -136,11 +136,12 @@ class Screen:
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.close(log)
+        words = {"encoding": "utf-8", "errors": "replace"}
         try:
-            raw = terminal = Terminal(saved[0])
+            terminal = Terminal(saved[0])
+            file = io.TextIOWrapper(terminal, write_through=True, **words)
         except OSError:  # none, or one of another user's or container's
-            raw, terminal = io.FileIO(os.dup(saved[0]), "w"), None
-        file = io.TextIOWrapper(raw, encoding="utf-8", errors="replace", write_through=True)
+            terminal, file = None, os.fdopen(os.dup(saved[0]), "w", **words)
         screen = cls(file, title=str(log_path.parent.parent))
         screen._saved, screen._terminal = saved, terminal
         return screen
