@@ -92,6 +92,22 @@ def test_a_resumed_run_measures_its_own_pace():
     assert out.getvalue().strip().endswith("18 s left")
 
 
+def test_the_time_left_goes_down_within_a_step():
+    clock = Clock()
+    screen = Screen(io.StringIO(), clock)
+    screen.progress(total=10)
+    assert screen._frame().left_s is None
+    clock.now_s = 10.0
+    screen.step(record(1))
+    for now_s, left_s in ((10.0, 90.0), (13.0, 87.0), (25.0, 80.0)):  # the second step takes longer than the first
+        clock.now_s = now_s
+        assert screen._frame().left_s == left_s
+    screen.stage("generating")
+    clock.now_s = 65.0
+    screen.stage("generating", 3, 4)
+    assert (screen._frame().stage.seconds, screen._frame().elapsed_s) == (40.0, 65.0)
+
+
 def test_text_is_printed_as_it_is_and_not_folded():
     out = io.StringIO()
     text = "[bold]not markup[/bold] :smile: " + "/long/path" * 30
