@@ -263,7 +263,10 @@ class ClusterConfig:
 
 @dataclass
 class LogConfig:
-    wandb: bool = key(False, "also log to Weights & Biases (WANDB_MODE decides online or offline)")
+    to: list[str] = key(
+        [], "copies of metrics.jsonl: wandb (offline unless WANDB_MODE=online), tensorboard (in run.dir/tensorboard)",
+        choices=("wandb", "tensorboard"),
+    )  # fmt: skip
     wandb_project: str = key("dpsrl", "Weights & Biases project")
 
 
@@ -287,6 +290,9 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
+
+# Keys of earlier versions, and what is written today.
+REPLACED = {"log.wandb": "log.to=[wandb]"}
 
 # What an evaluation of a checkpoint takes over from its run.
 INHERITED = (
@@ -404,6 +410,8 @@ def _check_choice(group: str, value: Any, argument: str) -> None:
 
 
 def _unknown_key(name: str, known: list[str]) -> str:
+    if name in REPLACED:
+        return f"{name} is no longer a key: write {REPLACED[name]}"
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
     leaves = [candidate for candidate in known if candidate.split(".")[-1] == name.split(".")[-1]]
     return f"unknown key {name!r}: the nearest known key is {(leaves or near)[0]!r}"
@@ -463,9 +471,10 @@ def check(config: Config, set_keys: set[str] = frozenset()) -> None:
 def _check_range(name: str, value: Any, limits: Any) -> None:
     if value is None:
         return
-    if limits["choices"] and value not in limits["choices"] and not (limits["own"] and is_own(value)):
-        or_own = " or my_module:function" * limits["own"]
-        raise UserError(f"{name}={value} is not one of {', '.join(map(str, limits['choices']))}{or_own}")
+    for item in value if isinstance(value, list) else [value]:
+        if limits["choices"] and item not in limits["choices"] and not (limits["own"] and is_own(item)):
+            or_own = " or my_module:function" * limits["own"]
+            raise UserError(f"{name}={item} is not one of {', '.join(map(str, limits['choices']))}{or_own}")
     for bound, holds, words in (
         (limits["ge"], lambda v, b: v >= b, "at least"),
         (limits["gt"], lambda v, b: v > b, "above"),
@@ -567,7 +576,7 @@ _EFFECTS: list[tuple[str, Callable[[Config], bool], str]] = [
     ("rollout.tensor_parallel", lambda c: c.cluster.device == "gpu", "cluster.device is cpu"),
     ("rollout.gpu_memory_share", lambda c: c.cluster.device == "gpu", "cluster.device is cpu"),
     ("rollout.enforce_eager", lambda c: c.cluster.device == "gpu", "cluster.device is cpu"),
-    ("log.wandb_project", lambda c: c.log.wandb, "log.wandb is false"),
+    ("log.wandb_project", lambda c: "wandb" in c.log.to, "log.to does not name wandb"),
 ]  # fmt: skip
 
 

@@ -81,16 +81,24 @@ class Benchmarks:
             self._scorers[fn] = self._open.enter_context(scorer)
         return self._scorers[fn]
 
-    def evaluate(self, rollouts: RolloutPool, step: int, folder: Path | None = None) -> list[EvalResult]:
-        """One result per benchmark. `folder`, where given, gets responses.jsonl and pass_rates.jsonl."""
+    def evaluate(
+        self, rollouts: RolloutPool, step: int, folder: Path | None = None, watch: Callable[..., None] | None = None
+    ) -> list[EvalResult]:
+        """One result per benchmark. `folder`, where given, gets responses.jsonl and pass_rates.jsonl.
+
+        watch: told what is going on, as `Screen.stage` is.
+        """
         results = []
         for name, prompts in self.prompts.items():
             groups = GroupStream(prompts, rollouts, self.scorer(name), self.tokenizer, self.config.seed)
-            results.append(evaluate(name, groups, self.config, step, folder))
+            results.append(evaluate(name, groups, self.config, step, folder, watch))
         return results
 
 
-def evaluate(name: str, groups: GroupStream, config: Config, step: int, folder: Path | None = None) -> EvalResult:
+def evaluate(
+    name: str, groups: GroupStream, config: Config, step: int, folder: Path | None = None,
+    watch: Callable[..., None] | None = None,
+) -> EvalResult:  # fmt: skip
     """`eval.num_rollouts` samples of every prompt of one benchmark, scored."""
     finished: list[Group] = []
     rule = OutcomeRule(config.selection.unsolved_at, config.selection.solved_at, config.selection.min_spread)
@@ -105,6 +113,8 @@ def evaluate(name: str, groups: GroupStream, config: Config, step: int, folder: 
             step=0,  # every evaluation of a run draws with the same seeds: differences are the policy's
         )
         while groups.pending:
+            if watch:
+                watch("evaluating", len(finished), len(groups.prompts), f"{name} prompts")
             for group, texts in groups.take():
                 finished.append(group)
                 if responses:
@@ -216,10 +226,11 @@ def run(config: Config) -> None:
                 screen.line(sentence)
         for remark in remarks:
             screen.line(remark)
+        screen.stage("starting the engines")
         cluster = stack.enter_context(Cluster(config, folder.logs, with_trainer=False))
         rollouts = RolloutPool(cluster, config, transfer_backend(config))
         rollouts.wait_until_up()
-        results = benchmarks.evaluate(rollouts, 0, folder.path)
+        results = benchmarks.evaluate(rollouts, 0, folder.path, watch=screen.stage)
         screen.console.print(results_table(results))
         folder.summary.write_text(json.dumps([vars(result) for result in results], indent=1))
         screen.line(f"responses: {folder.path / 'responses.jsonl'}")

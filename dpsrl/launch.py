@@ -24,7 +24,7 @@ from dpsrl.data.prompts import PromptSet
 from dpsrl.early import EarlyTraining
 from dpsrl.evaluate import Benchmarks
 from dpsrl.groups import TRAINING, GroupStream
-from dpsrl.metrics import GroupLog, Metrics, WandbSink
+from dpsrl.metrics import GroupLog, Metrics
 from dpsrl.own import is_own
 from dpsrl.pools import ControllerHandle, RolloutPool, TrainerPool, transfer_backend
 from dpsrl.prior import Prior, read_prior
@@ -35,6 +35,7 @@ from dpsrl.run_folder import RunFolder, unwritable
 from dpsrl.screen import Screen
 from dpsrl.selection import build_selector
 from dpsrl.selection.outcomes import OutcomeRule
+from dpsrl.sinks import check_sinks, open_sinks
 from dpsrl.types import UserError
 from dpsrl.weights import Weights
 
@@ -117,6 +118,7 @@ def preflight(config: Config) -> Checked:
         check_selection(config, num_prompts=1)
     check_function(config.reward.fn)
     check_loss(config)
+    check_sinks(config.log.to)
     checkpoint, remarks = choose_checkpoint(config, folder)
     tokenizer = load_tokenizer(config.model.path)
     prompts = training_prompts(config, tokenizer)
@@ -219,12 +221,10 @@ def launch(config: Config, checked: Checked, screen: Screen, stack: ExitStack, c
     controller = ControllerHandle(cluster, **controller_arguments(config, prompts.ids))
     trainers.start()
     rollouts.wait_until_up()
-    sinks = [screen.step]
-    if config.log.wandb:
-        plain_config = OmegaConf.to_container(OmegaConf.structured(config))
-        sinks.append(stack.enter_context(WandbSink(folder.path, config.log.wandb_project, plain_config, screen.line)))
     driver = read_driver(checkpoint)
-    metrics = Metrics(folder.metrics, sinks, driver.step, screen.line)
+    plain_config = OmegaConf.to_container(OmegaConf.structured(config))
+    sinks = open_sinks(config.log.to, folder.path, config.log.wandb_project, plain_config, driver.step, screen.line)
+    metrics = Metrics(folder.metrics, [screen.step, *map(stack.enter_context, sinks)], driver.step, screen.line)
     if driver.record:
         metrics.restore(driver.record)
     group_log = GroupLog(folder.groups, driver.num_generated, screen.line)

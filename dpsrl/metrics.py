@@ -1,4 +1,4 @@
-"""What a run measures: the table of keys, the step's record, and the files and services it goes to.
+"""What a run measures: the table of keys, the step's record, and the files it goes to.
 
 Owns `metrics.jsonl`, `groups.jsonl` and `summary.json` of a run folder. A key that is not in the table is
 refused, so that a name means one thing everywhere. Knows nothing of training, of the screen or of plots.
@@ -10,11 +10,8 @@ import errno
 import json
 import math
 import os
-import queue
 import re
-import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from dpsrl.types import Group, UserError
+from dpsrl.types import Group
 
 # --- the key table ------------------------------------------------------------------------------------
 
@@ -163,10 +160,13 @@ class Metrics:
         """Reduces what came in since the last call, writes it out and returns it."""
         self.step = step
         record, self._values = self.so_far(step), {}
+        self._write(record)
+        return record
+
+    def _write(self, record: Record) -> None:
         self._file.write(record)
         for sink in self._sinks:
             sink(record)
-        return record
 
     def event(self, kind: str, text: str) -> None:
         """A line of its own for what happened beside the steps."""
@@ -180,7 +180,7 @@ class Metrics:
     def restore(self, record: Record) -> None:
         """Writes a step's record where the run was killed between its checkpoint and its line."""
         if all(written["step"] != record["step"] for written in read_lines(self._file.path)[0]):
-            self._file.write(record)
+            self._write(record)
 
     def close(self) -> None:
         self._file.close()
@@ -291,17 +291,20 @@ def _read_all(path: Path) -> tuple[list[Record], int]:
 def summarize(records: Sequence[Record], policy_version: int, wall_s: float) -> dict[str, Any]:
     """summary.json of a run from its records.
 
-    `eval_first` and `eval_last`: benchmark -> accuracy, the latter of those evaluated more than once;
-    `eval_measure` says which, as avg@8. `mixed_share` weighs steps by their rollouts. `time_s`: seconds by
-    phase; phases that run at once may exceed `wall_s`.
+    `eval_first`, `eval_last` and `eval_best`: benchmark -> accuracy, `eval_last` of those evaluated more than once;
+    `eval_best_step` has the best one's step, `eval_measure` says which measure, as avg@8. `mixed_share` weighs steps by
+    their rollouts. `time_s`: seconds by phase; phases that run at once may exceed `wall_s`.
     """
     evals: dict[str, list[tuple[str, float]]] = {}
+    best: dict[str, tuple[float, int]] = {}  # the first of equal ones
     time_s: dict[str, float] = {}
     for record in records:
         for name, value in record.items():
             match = EVAL_KEY.fullmatch(name)
             if match and match["measure"] == "avg" and value is not None:
                 evals.setdefault(match["benchmark"], []).append((f"avg@{match['k']}", value))
+                if match["benchmark"] not in best or value > best[match["benchmark"]][0]:
+                    best[match["benchmark"]] = value, record["step"]
         for phase, seconds in phase_seconds(record).items():
             time_s[phase] = time_s.get(phase, 0.0) + seconds
     return {
@@ -310,6 +313,8 @@ def summarize(records: Sequence[Record], policy_version: int, wall_s: float) -> 
         "wall_s": wall_s,
         "eval_first": {benchmark: values[0][1] for benchmark, values in evals.items()},
         "eval_last": {benchmark: values[-1][1] for benchmark, values in evals.items() if len(values) > 1},
+        "eval_best": {benchmark: value for benchmark, (value, _) in best.items()},
+        "eval_best_step": {benchmark: step for benchmark, (_, step) in best.items()},
         "eval_measure": {benchmark: values[-1][0] for benchmark, values in evals.items()},
         "mixed_share": mixed_share(records),
         "policy_version": policy_version,
@@ -344,66 +349,3 @@ def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
     partial = path.with_name(path.name + ".new")
     partial.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(partial, path)
-
-
-# --- Weights & Biases ---------------------------------------------------------------------------------
-
-
-class WandbSink:
-    """A copy of every record for Weights & Biases, offline unless WANDB_MODE says otherwise.
-
-    All of wandb runs in a thread of its own: an error there, or a service that hangs, ends the copy and
-    never the training. Its traceback goes to stderr, one sentence to `say`.
-    """
-
-    def __init__(self, run_dir: Path, project: str, config: Mapping[str, Any], say: Callable[[str], None]) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise UserError(
-                "log.wandb=true needs wandb, which is not installed: install it or leave the key out"
-            ) from None
-        id_file = run_dir / "wandb_id.txt"  # the same id after a resume, so that the curve goes on
-        if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex)
-        self._say, self._told = say, False
-        self._records: queue.Queue[Record | None] = queue.Queue()
-        options = {
-            "project": project,
-            "name": run_dir.name,
-            "id": id_file.read_text(),
-            "resume": "allow",
-            "dir": str(run_dir),
-            "config": dict(config),
-            "mode": os.environ.get("WANDB_MODE", "offline"),
-            "settings": wandb.Settings(console="off", silent=True),
-        }
-        self._thread = threading.Thread(target=self._copy, args=(wandb, options), name="wandb", daemon=True)
-        self._thread.start()
-
-    def _copy(self, wandb: Any, options: dict[str, Any]) -> None:
-        run = wandb.init(**options)
-        # wandb drops what comes at a step lower than the last, so steps are an axis of our own.
-        run.define_metric("step")
-        run.define_metric("*", step_metric="step")
-        while (record := self._records.get()) is not None:
-            run.log({name: value for name, value in record.items() if plain(value) is not None})
-        run.finish()
-
-    def __call__(self, record: Record) -> None:
-        if self._thread.is_alive():
-            self._records.put(record)
-        elif not self._told:
-            self._told = True
-            self._say("wandb stopped with an error, which is in the log; the run goes on without it")
-
-    def close(self, wait_s: float = 30.0) -> None:
-        """Sends what is left; gives up after `wait_s`."""
-        self._records.put(None)
-        self._thread.join(wait_s)
-
-    def __enter__(self) -> WandbSink:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()

@@ -46,7 +46,7 @@ def train(run: Run) -> bool:
         evaluate(run, 0)
         run.metrics.close_step(0)
         run.driver.step = 0
-    run.screen.progress(steps, run.driver.step)
+    run.screen.progress(steps, run.driver.step, read_lines(run.checked.folder.metrics)[0])
     for step in range(run.driver.step + 1, steps + 1):
         if run.cluster.stop_requested:
             break
@@ -78,6 +78,7 @@ def train_step(run: Run, step: int) -> None:
     while may_run_ahead(run, training):
         batches.append(generate(run))
     finish_update(run, training, batch, step)
+    run.screen.stage("syncing weights")
     with metrics.timer("time/sync_s"):
         metrics.add(run.weights.send(step) | {"sync/policy_version": step})
     elapsed_s = time.monotonic() - started
@@ -100,6 +101,7 @@ def generate(run: Run) -> list[Group]:
             run.early.take(group)
     groups: list[Group] = []
     while run.groups.pending and not has_enough(run):
+        run.screen.stage("generating", len(groups), len(groups) + run.groups.pending, "groups")
         groups += next_groups(run)
     elapsed_s = time.monotonic() - started
     run.generating_s += elapsed_s
@@ -221,6 +223,7 @@ def finish_update(run: Run, training: Any, batch: list[Group], step: int) -> Non
     """Waits for the trainer; warns when engine and trainer have drifted apart, or numbers were not finite."""
     if training is None:
         return
+    run.screen.stage("training")
     measures = run.trainers.finish(training)
     run.training_s = measures.pop("busy_s")
     run.metrics.add({"time/train_s": run.training_s} | {f"train/{name}": value for name, value in measures.items()})
@@ -256,7 +259,7 @@ def evaluate(run: Run, step: int) -> float | None:
     run.screen.stage("evaluating")
     with run.metrics.timer("time/eval_s"):
         run.groups.drain()
-        results = benchmarks.evaluate(run.rollouts, step)
+        results = benchmarks.evaluate(run.rollouts, step, watch=run.screen.stage)
         for result in results:
             run.metrics.add({f"eval/{result.benchmark}/avg@{result.num_rollouts}": result.avg})
             run.metrics.add({f"eval/{result.benchmark}/pass@{k}": value for k, value in result.pass_at.items()})
@@ -278,6 +281,7 @@ def save(run: Run, score: float | None) -> None:
     }
     about, keep = about_run(run.config, run.checked.prompts), run.config.checkpoint.keep
     record = run.metrics.so_far(run.driver.step)
+    run.screen.stage("saving")
     try:
         with run.metrics.timer("time/checkpoint_s"):
             run.checked.folder.save_checkpoint(run.driver.step, parts, about, keep, score)

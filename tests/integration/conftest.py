@@ -1,6 +1,7 @@
 """Real runs on the tiny model, shared by the tests of this folder: real vLLM, Ray and DeepSpeed."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import psutil
 import pytest
 
 HANG_GUARD_S = 600
+SECRETS = {"WANDB_API_KEY": "planted" + "w" * 33, "HF_TOKEN": "hf_planted" + "h" * 27}  # no file may have them
 SMALL = ["data.countdown.num_train=64", "data.countdown.num_test=16", "train.batch=16", "eval.num_rollouts=4"]
 
 
@@ -29,7 +31,9 @@ class FinishedRun:
 
 def run_module(module: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_GUARD_S, check=False, cwd=cwd)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=HANG_GUARD_S, check=False, cwd=cwd, env=os.environ | SECRETS
+    )  # fmt: skip
 
 
 def train_arguments(folder: Path, *arguments: str) -> list[str]:
@@ -52,8 +56,9 @@ def many_run(tmp_path_factory) -> FinishedRun:
 
 @pytest.fixture(scope="session")
 def single_run(tmp_path_factory) -> FinishedRun:
-    """Two steps of the same run on one engine and one rank without ZeRO."""
-    return train(tmp_path_factory.mktemp("single") / "run", "train.steps=2", "eval.every=2")
+    """Two steps of the same run on one engine and one rank without ZeRO, with all copies of its metrics."""
+    folder = tmp_path_factory.mktemp("single") / "run"
+    return train(folder, "train.steps=2", "eval.every=2", "log.to=[wandb,tensorboard]")
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +70,12 @@ def start():
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
     return SimpleNamespace(
-        train=train, run_module=run_module, background=background, descendants=descendants, left_of=left_of
+        train=train,
+        secrets=SECRETS,
+        run_module=run_module,
+        background=background,
+        descendants=descendants,
+        left_of=left_of,
     )
 
 

@@ -76,6 +76,9 @@ def test_another_method_does_not_inherit_the_recipes_options():
         ("train.steps", ["'train.steps'", "key=value"]),
         ("weight_sync.backend=nccl", ["weight_sync.backend=nccl", "auto"]),
         ("train.max_lag=-1", ["train.max_lag=-1"]),
+        ("log.wandb=true", ["log.wandb", "log.to=[wandb]"]),
+        ("log.to=wandb", ["log.to=[wandb]"]),
+        ("log.to=[wandb,mlflow]", ["log.to=mlflow", "wandb, tensorboard"]),
     ],
 )
 def test_a_bad_argument_is_refused_with_its_value_and_the_remedy(argument, words):

@@ -1,10 +1,8 @@
-"""The key table, the step's record, the files of a run folder and the wandb copy."""
+"""The key table, the step's record and the files of a run folder."""
 
 import json
 import math
-import sys
 import time
-import types
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,6 @@ from dpsrl import metrics
 from dpsrl.metrics import (
     GroupLog,
     Metrics,
-    WandbSink,
     key_of,
     read_events,
     read_lines,
@@ -22,7 +19,7 @@ from dpsrl.metrics import (
     write_summary,
 )
 from dpsrl.selection.outcomes import OutcomeRule
-from dpsrl.types import Group, Rollout, Score, UserError
+from dpsrl.types import Group, Rollout, Score
 
 
 def lines_of(path):
@@ -181,6 +178,8 @@ def test_the_summary_of_a_run_worked_by_hand():
         "wall_s": 60.0,
         "eval_first": {"countdown": 0.25, "aime24": 0.125},
         "eval_last": {"countdown": 0.5},
+        "eval_best": {"countdown": 0.5, "aime24": 0.125},
+        "eval_best_step": {"countdown": 4, "aime24": 4},
         "eval_measure": {"countdown": "avg@8", "aime24": "avg@4"},
         "mixed_share": pytest.approx((100 * 0.5 + 300 * 0.9) / 400),
         "policy_version": 4,
@@ -200,58 +199,6 @@ def test_a_summary_is_written_whole(tmp_path):
         "eval_last": {"countdown": 0.5},
     }
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
-
-
-# --- wandb --------------------------------------------------------------------------------------------
-
-
-def fake_wandb(monkeypatch, log):
-    """A module in wandb's place whose run calls `log`; returns what init was given."""
-    given = {}
-    run = types.SimpleNamespace(log=log, define_metric=lambda *a, **k: None, finish=lambda: given.update(finished=True))
-    module = types.ModuleType("wandb")
-    module.Settings = lambda **settings: settings
-    module.init = lambda **options: given.update(options) or run
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    return given
-
-
-def test_wandb_gets_every_record_offline_and_keeps_its_id(tmp_path, monkeypatch):
-    logged = []
-    given = fake_wandb(monkeypatch, logged.append)
-    sink = WandbSink(tmp_path, "project", {"seed": 0}, say=pytest.fail)
-    sink({"step": 1, "train/loss": 0.5, "train/entropy": math.nan})
-    sink({"step": 2, "train/loss": 0.25})
-    sink.close()
-    assert logged == [{"step": 1, "train/loss": 0.5}, {"step": 2, "train/loss": 0.25}]
-    assert given["mode"] == "offline" and given["finished"] and given["config"] == {"seed": 0}
-
-    first_id = given["id"]
-    WandbSink(tmp_path, "project", {}, say=pytest.fail).close()
-    assert given["id"] == first_id
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_error_in_wandb_is_told_once_and_stops_nothing(tmp_path, monkeypatch):
-    def broken(record):
-        raise ConnectionError("no server")
-
-    fake_wandb(monkeypatch, broken)
-    said = []
-    sink = WandbSink(tmp_path, "project", {}, say=said.append)
-    sink({"step": 1})
-    sink._thread.join(10)
-    for step in (2, 3, 4):
-        sink({"step": step})
-    sink.close()
-    assert len(said) == 1 and "goes on without it" in said[0]
-
-
-def test_wandb_without_wandb_is_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match="log.wandb=true needs wandb"):
-        WandbSink(tmp_path, "project", {}, say=pytest.fail)
 
 
 # --- going on after an end ------------------------------------------------------------------------------------
@@ -278,8 +225,11 @@ def test_a_record_that_was_lost_between_checkpoint_and_line_is_written_again(tmp
     metrics.add({"train/loss": 0.5})
     record = metrics.so_far(1)
     metrics.close()  # killed here
-    again = Metrics(tmp_path / "metrics.jsonl", last_step=1)
-    again.restore(record)
+    seen = []
+    again = Metrics(tmp_path / "metrics.jsonl", sinks=[seen.append], last_step=1)
+    for _ in range(2):
+        again.restore(record)
+    assert seen == [record]
     assert read_lines(tmp_path / "metrics.jsonl")[0] == [{"step": 0}, {"step": 1, "train/loss": 0.5}]
 
 

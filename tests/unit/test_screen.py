@@ -2,15 +2,13 @@
 
 import io
 import os
-import pty
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 
-from dpsrl.screen import Screen, duration, result_rows, time_rows
+from dpsrl.screen import Screen, duration, result_rows, rollout_rows, time_rows
 
 SUMMARY = {
     "steps": 80,
@@ -19,9 +17,18 @@ SUMMARY = {
     "eval_first": {"countdown": 0.25, "aime24": 0.5},
     "eval_last": {"countdown": 0.5},
     "eval_measure": {"countdown": "avg@8", "aime24": "avg@4"},
+    "eval_best": {"countdown": 0.55, "aime24": 0.5},
+    "eval_best_step": {"countdown": 60, "aime24": 0},
     "mixed_share": 0.615,
     "policy_version": 80,
     "time_s": {"generate": 100.0, "train": 50.0, "select": 0.2},
+    "rollouts": {
+        "generated": 20480,
+        "trained": 10240,
+        "carried": 0,
+        "dropped": {"not mixed": 8192, "missing": 2048},
+        "holds": True,
+    },
 }
 
 
@@ -54,7 +61,7 @@ def test_plain_lines_say_how_it_goes_and_how_long_it_takes():
     screen.step(record(1))
     assert out.getvalue().splitlines() == [
         "before training: countdown avg@8 0.300",
-        "step 1/10  reward 0.50  solved 25%  mixed 75%  accuracy 0.300  54 s left",
+        "step  1/10  reward  0.50  solved  25%  mixed  75%  predicted    -  accuracy 0.300  54 s left",
     ]
 
 
@@ -65,10 +72,10 @@ def test_quick_steps_share_a_line_but_the_last_and_evaluations_are_shown():
     for step in range(1, 21):
         clock.now_s = float(step)
         screen.step(record(step, **({"eval/countdown/avg@8": 0.4} if step == 9 else {})))
-    steps = [line.split("  ")[0] for line in out.getvalue().splitlines()]
+    steps = [line.split("  reward")[0] for line in out.getvalue().splitlines()]
     assert steps == [
-        "step 1/20",
-        "step 6/20",
+        "step  1/20",
+        "step  6/20",
         "step 9: countdown avg@8 0.400",
         "step 11/20",
         "step 16/20",
@@ -83,6 +90,22 @@ def test_a_resumed_run_measures_its_own_pace():
     clock.now_s = 2.0
     screen.step(record(91))
     assert out.getvalue().strip().endswith("18 s left")
+
+
+def test_the_time_left_goes_down_within_a_step():
+    clock = Clock()
+    screen = Screen(io.StringIO(), clock)
+    screen.progress(total=10)
+    assert screen._frame().left_s is None
+    clock.now_s = 10.0
+    screen.step(record(1))
+    for now_s, left_s in ((10.0, 90.0), (13.0, 87.0), (25.0, 80.0)):  # the second step takes longer than the first
+        clock.now_s = now_s
+        assert screen._frame().left_s == left_s
+    screen.stage("generating")
+    clock.now_s = 65.0
+    screen.stage("generating", 3, 4)
+    assert (screen._frame().stage.seconds, screen._frame().elapsed_s) == (40.0, 65.0)
 
 
 def test_text_is_printed_as_it_is_and_not_folded():
@@ -101,18 +124,64 @@ def test_stages_before_training_are_lines_and_later_ones_are_silent():
     assert out.getvalue() == "starting Ray\n"
 
 
+def test_a_step_of_minutes_says_once_a_minute_how_far_it_is():
+    out, clock = io.StringIO(), Clock()
+    screen = Screen(out, clock)
+    screen.progress(total=10, done=2)
+    for second in range(0, 200, 10):
+        clock.now_s = float(second)
+        screen.stage("generating", second // 4, 50, "groups")
+    assert out.getvalue().splitlines() == [
+        "step 3/10: generating 15/50 groups",
+        "step 3/10: generating 30/50 groups",
+        "step 3/10: generating 45/50 groups",
+    ]
+
+
+def test_columns_stay_where_they_are():
+    out, clock = io.StringIO(), Clock()
+    screen = Screen(out, clock)
+    screen.step({"step": 0, "eval/countdown/avg@8": 0.3})
+    screen.progress(total=1000)
+    rows = [(1, 0.5, 0.05, None), (10, -0.25, 1.0, 0.7), (999, 0.0, None, 0.123)]
+    for step, reward, mixed, predicted in rows:
+        clock.now_s += 10
+        values = {"rollout/reward": reward, "selection/mixed_share": mixed, "selection/predicted_share": predicted}
+        screen.step(record(step, **values))
+    lines = out.getvalue().splitlines()[1:]
+    for word in ("reward", "solved", "mixed", "predicted", "accuracy"):
+        assert len({line.index(word) for line in lines}) == 1, lines
+
+
+def test_a_run_that_is_taken_up_shows_what_was_before(tmp_path):
+    screen = Screen(io.StringIO())
+    before = [{"step": 0, "eval/countdown/avg@8": 0.3}, record(1, **{"eval/countdown/avg@8": 0.6}), record(2)]
+    screen.progress(total=9, done=2, records=before)
+    assert screen._view.figures.best == 0.6 and screen._view.figures.mixed == (0.75, 0.75)
+    screen.progress(total=9, done=1, records=before[:2])  # a lost trainer
+    assert screen._view.figures.mixed == (0.75,) and screen._view.done == 1
+
+
 def test_the_closing_table_holds_every_figure_and_both_paths():
     out = io.StringIO()
     Screen(out).table(SUMMARY, Path("runs/quick"), Path("runs/quick/report.html"))
     text = out.getvalue()
-    parts = ["countdown avg@8", "0.250 before, 0.500 after (+0.250)", "20,480", "61.5%", "3:20", "generating"]
-    parts += ["1:40", "50%", "everything else", "run folder  runs/quick", "runs/quick/report.html"]
+    parts = [
+        "countdown avg@8",
+        "0.250 before, 0.500 after (+0.250), best 0.550 at step 60",
+        "20,480",
+        "61.5%",
+        "3:20",
+        "generating",
+    ]
+    parts += ["1:40", "50%", "everything else", "where the rollouts went", "dropped: not mixed", "8,192", "40%"]
+    parts += ["run folder  runs/quick", "runs/quick/report.html"]
     assert [part for part in parts if part not in text] == []
 
 
 def test_rows_of_the_closing_table_worked_by_hand():
     assert result_rows(SUMMARY)[:2] == [
-        ("countdown avg@8", "0.250 before, 0.500 after (+0.250)"),
+        ("countdown avg@8", "0.250 before, 0.500 after (+0.250), best 0.550 at step 60"),
         ("aime24 avg@4", "0.500 before"),
     ]
     assert time_rows(SUMMARY) == [
@@ -121,6 +190,15 @@ def test_rows_of_the_closing_table_worked_by_hand():
         ("training", 50.0, 0.25),
         ("everything else", pytest.approx(49.8), pytest.approx(0.249)),
     ]
+
+
+def test_every_rollout_has_its_row():
+    assert rollout_rows(SUMMARY) == [
+        ("trained on", 10240, 0.5),
+        ("dropped: not mixed", 8192, 0.4),
+        ("dropped: missing", 2048, 0.1),
+    ]
+    assert rollout_rows({"steps": 1}) == [], "a summary of an earlier version"
 
 
 def test_phases_that_overlap_leave_no_rest():
@@ -144,37 +222,40 @@ def test_durations(seconds, text):
     assert duration(seconds) == text
 
 
-# --- on a terminal ------------------------------------------------------------------------------------
+# --- streams that go away -----------------------------------------------------------------------------
 
 
-def test_a_terminal_gets_a_bar_and_its_cursor_back(monkeypatch):
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setenv("COLUMNS", "80")
-    leader, follower = pty.openpty()
-    shown = bytearray()
+class Gone(io.StringIO):
+    """A terminal that was closed, after some characters."""
 
-    def read():
-        while b"the end" not in shown:
-            shown.extend(os.read(leader, 4096))
+    def write(self, text):
+        if len(self.getvalue()) > 20:
+            raise OSError(5, "Input/output error")
+        return super().write(text)
 
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    clock = Clock()
-    with Screen(os.fdopen(follower, "w"), clock) as screen:
+
+def test_a_run_outlives_its_terminal():
+    out = Gone()
+    with Screen(out) as screen:
+        for index in range(9):
+            screen.line(f"line {index} of the run")
+        screen.progress(total=2)
+        screen.step(record(1))
+        screen.table(SUMMARY, Path("runs/quick"), None)
+    assert out.getvalue().startswith("line 0") and "line 8" not in out.getvalue()
+
+
+def test_no_escape_codes_without_a_terminal_whatever_the_environment_says(monkeypatch):
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.setenv(name, "1")
+    out = io.StringIO()
+    with Screen(out) as screen:
         screen.stage("starting Ray")
-        screen.progress(total=200, done=100)
-        clock.now_s = 30.0
-        screen.step(record(101, **{"eval/countdown/avg@8": 0.4}))
-        screen.stage("evaluating")
-        screen.step(record(200))
-        screen.stop_progress()
-        screen.line("the end")
-        reader.join(10)
-    text = shown.decode()
-    assert "starting Ray" in text and "evaluating" in text and "step 200/200" in text
-    line = next(line for line in text.splitlines() if "step 101/200" in line)
-    assert line.endswith("reward 0.50  mixed 75%  accuracy 0.400  49:30 left"), "all of it, in 80 columns"
-    assert shown.rfind(b"\x1b[?25h") > shown.rfind(b"\x1b[?25l") >= 0
+        screen.progress(total=2)
+        screen.stage("generating", 1, 4, "groups")
+        screen.step(record(1))
+        screen.table(SUMMARY, Path("runs/quick"), None)
+    assert "step 1/2" in out.getvalue() and "\x1b" not in out.getvalue() and "\r" not in out.getvalue()
 
 
 # --- what goes to the log -----------------------------------------------------------------------------
