@@ -254,6 +254,7 @@ class ClusterConfig:
 class LogConfig:
     wandb: bool = key(False, "also log to Weights & Biases (WANDB_MODE decides online or offline)")
     wandb_project: str = key("dpsrl", "Weights & Biases project")
+    responses: int = key(8, "groups of each step whose responses are kept in responses.jsonl; 0: none", ge=0)
 
 
 @dataclass
