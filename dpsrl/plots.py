@@ -32,6 +32,7 @@ ROLLOUTS = "rollout/num_rollouts"
 X_LABELS = {"step": "step", ROLLOUTS: "rollouts generated"}
 TITLE_WORDS = {"step": "steps", ROLLOUTS: "rollouts"}
 
+MAX_LABEL = 44  # characters, of which the last are kept
 MAX_POINTS = 250  # a longer curve is drawn from this many means of equal stretches of steps
 
 STYLE = {
@@ -126,7 +127,7 @@ def accuracy(runs: Runs, over: str = "step") -> Figure | None:
     for run, records in runs.items():
         for key in eval_keys(records):
             benchmark, measure = key.removeprefix("eval/").rsplit("/", 1)
-            name = f"{benchmark} {measure}" if len(runs) == 1 else f"{run}: {benchmark} {measure}"
+            name = label_of(f"{benchmark} {measure}" if len(runs) == 1 else f"{run}: {benchmark} {measure}")
             lines.append((name, *series(records, key, over)))
     lines = [line for line in lines if len(line[1])]
     if not lines:
@@ -175,7 +176,7 @@ def reward(runs: Runs, over: str = "step") -> Figure | None:
         color, dash = style_of(index)
         if len(runs) == 1:
             drawn.append(curve(axes, records, "rollout/reward", "reward", ORANGE, "--", over))
-        label = "solve rate" if len(runs) == 1 else name
+        label = "solve rate" if len(runs) == 1 else label_of(name)
         drawn.append(curve(axes, records, "rollout/solve_rate", label, color, dash, over))
     widen(axes)
     return finish(figure, axes) if any(drawn) else None
@@ -189,7 +190,7 @@ def mixed(runs: Runs) -> Figure | None:
         color, dash = style_of(index)
         if len(runs) == 1:
             curve(axes, records, "selection/predicted_share", "predicted at selection", PINK, "--")
-        label = "mixed" if len(runs) == 1 else name
+        label = "mixed" if len(runs) == 1 else label_of(name)
         drawn.append(curve(axes, records, "selection/mixed_share", label, color, dash))
     return finish(figure, axes) if any(drawn) else None
 
@@ -273,6 +274,13 @@ def finish(figure: Figure, axes: Axes, outside: bool = False) -> Figure:
     return figure
 
 
+def label_of(name: str) -> str:
+    """A name as a legend can show it: not too long, without what no file can hold, and never hidden."""
+    shown = name.encode("utf-8", errors="replace").decode().replace("\0", " ")
+    shown = shown if len(shown) <= MAX_LABEL else f"...{shown[3 - MAX_LABEL :]}"
+    return f" {shown}" if shown.startswith("_") else shown  # matplotlib leaves out labels that begin so
+
+
 def style_of(index: int) -> tuple[str, str]:
     return CYCLE[index % len(CYCLE)], DASHES[index // len(CYCLE) % len(DASHES)]
 
@@ -323,7 +331,7 @@ def to_element(figure: Figure, name: str) -> tuple[str, str]:
     for axes in figure.axes:
         axes.set_title("", loc="left")
     svg = to_svg(figure, name)
-    svg = re.sub(r' id="[a-z]+[0-9a-z]*_[0-9]+"', "", svg[svg.index("<svg") :])
+    svg = re.sub(r' id="[A-Za-z0-9.]+_[0-9]+"', "", svg[svg.index("<svg") :])
     return title, re.sub(r'style="[^"]*"', lambda style: themed(style[0]), svg)
 
 

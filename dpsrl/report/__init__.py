@@ -17,7 +17,7 @@ from dpsrl import plots
 from dpsrl.report.load import Run, load_run
 from dpsrl.report.page import metrics_table, render, unique_names
 from dpsrl.report.panels import every_figure
-from dpsrl.report.watch import DEFAULT_PORT, watch
+from dpsrl.report.watch import DEFAULT_PORT, follow
 from dpsrl.types import UserError
 
 __all__ = ["Run", "load_run", "main", "metrics_table", "render", "write_figures", "write_page", "write_report"]
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.watch:
-            return watch(options.runs, *checked_watch(options))
+            return follow(options.runs, *checked_watch(options))
         if options.port is not None:
             raise UserError(f"--port {options.port} would have no effect: it belongs to --watch")
         runs = [load_run(run_dir) for run_dir in options.runs]

@@ -14,9 +14,15 @@ function make(tag, attributes = {}, ...children) {
   return element;
 }
 
+function bytesOf(base64) {
+  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(base64);
+  const binary = atob(base64), bytes = new Uint8Array(binary.length);
+  for (let i = 0; i < binary.length; i++) bytes[i] = binary.charCodeAt(i);
+  return bytes;
+}
+
 async function unpack(id) {
-  const binary = atob(byId(id).textContent);
-  const bytes = Uint8Array.from(binary, (character) => character.charCodeAt(0));
+  const bytes = bytesOf(byId(id).textContent);
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
   return new Response(stream).arrayBuffer();
 }
@@ -248,12 +254,13 @@ function start() {
     byId("count").textContent = "This browser is too old to show prompts: it has no DecompressionStream.";
     return;
   }
-  let waiting = 0;
+  let waiting = 0; // a list drawn again later would lose the focus
+  const searchNow = () => { clearTimeout(waiting); search(); };
   byId("find").addEventListener("input", () => { clearTimeout(waiting); waiting = setTimeout(search, 60); });
   byId("find").addEventListener("keydown", (event) => {
-    if (event.key === "ArrowDown") { event.preventDefault(); search(); byId("found").querySelector("button")?.focus(); }
+    if (event.key === "ArrowDown") { event.preventDefault(); searchNow(); byId("found").querySelector("button")?.focus(); }
   });
-  byId("search").addEventListener("submit", (event) => { event.preventDefault(); search(); if (matches.length) choose(matches[0]); });
+  byId("search").addEventListener("submit", (event) => { event.preventDefault(); searchNow(); if (matches.length) choose(matches[0]); });
   byId("only").addEventListener("change", search);
   byId("order").addEventListener("change", search);
   byId("of-run").addEventListener("change", () => open(byId("of-run").value));

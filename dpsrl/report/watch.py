@@ -82,7 +82,7 @@ class Handler(BaseHTTPRequestHandler):
         """Nothing: the terminal is the person's."""
 
 
-def watch(run_dirs: Sequence[Path], port: int) -> int:
+def follow(run_dirs: Sequence[Path], port: int) -> int:
     """Serves until every run has ended, or Ctrl-C; UserError where a folder is no run, or the port is taken."""
     seen = stamp(run_dirs)
     page = render([load_run(run_dir) for run_dir in run_dirs], watch=True)
