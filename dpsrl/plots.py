@@ -36,7 +36,7 @@ MAX_LABEL = 44  # characters, of which the last are kept
 MAX_POINTS = 250  # a longer curve is drawn from this many means of equal stretches of steps
 
 STYLE = {
-    "figure.figsize": (5.6, 3.3),
+    "figure.figsize": (5.2, 3.15),
     "figure.constrained_layout.use": True,
     "font.size": 9.5,
     "axes.titlesize": 11,

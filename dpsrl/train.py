@@ -306,7 +306,16 @@ def run(config: Config) -> None:
             return
         screen.stage("writing the report")
         write_summary(checked.folder.summary, summary)
-        screen.table(summary, checked.folder.path, write_report(checked.folder.path))
+        screen.table(summary, checked.folder.path, reported(checked.folder.path, screen))
+
+
+def reported(run_dir: Path, screen: Screen) -> Path | None:
+    """The page of a run that has ended; that it cannot be written is no reason to end badly."""
+    try:
+        return write_report(run_dir)
+    except OSError as error:
+        screen.line(f"warning: the report cannot be written ({error.strerror}): python -m dpsrl.report {run_dir} later")
+        return None
 
 
 def train_until_done(config: Config, checked: Checked, screen: Screen) -> dict[str, Any] | None:

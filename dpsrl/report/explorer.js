@@ -144,7 +144,8 @@ async function show(prompt) {
 }
 
 function chart(prompt) {
-  const [width, height, left, bottom, top] = [640, 190, 40, 34, 10];
+  const width = Math.max(280, Math.min(800, byId("prompt").clientWidth - 34)); // so that its text is the page's size
+  const [height, left, bottom, top] = [190, 40, 34, 10];
   const { step, solved, rollouts, predicted } = data.groups;
   const steps = prompt.rows.map((row) => step[row]);
   const first = Math.min(...steps), last = Math.max(...steps, first + 1);
