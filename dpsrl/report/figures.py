@@ -17,11 +17,14 @@ from dpsrl.plots import (
     SKY,
     STATES,
     STYLE,
+    Runs,
     finish,
+    label_of,
     new_figure,
     number,
     series,
     stack,
+    style_of,
     thin,
 )
 from dpsrl.report.history import Calibration, History, flows_over_time
@@ -205,6 +208,17 @@ def coverage(records: Sequence[Record], num_prompts: int | None, batch: int) -> 
     marker = "o" if steps.size == 1 else ""
     axes.plot(thin(steps), thin(values), color=BLUE, label="rolled out at least once", marker=marker)
     return finish(figure, axes)
+
+
+def coverages(runs: Runs) -> Figure | None:
+    """The coverage of several runs."""
+    figure, axes = new_figure("Coverage", "share of prompts", share=True)
+    for index, (name, records) in enumerate(runs.items()):
+        steps, values = series(records, "selection/coverage")
+        color, dash = style_of(index)
+        if steps.size:
+            axes.plot(thin(steps), thin(values), dash, color=color, label=label_of(name))
+    return finish(figure, axes) if axes.lines else None
 
 
 def visits(history: History, num_prompts: int | None) -> Figure | None:

@@ -55,8 +55,11 @@ class Panel:
 
 def several(runs: Mapping[str, Run]) -> list[Panel]:
     """Figures that compare runs."""
-    drawn = plots.runs_figures({name: run.records for name, run in runs.items()})
-    return [Panel(name, figure, CAPTIONS[name]) for name, figure in drawn.items()]
+    records = {name: run.records for name, run in runs.items()}
+    drawn = plots.runs_figures(records) | {"coverage": figures.coverages(records)}
+    captions = CAPTIONS | {"mixed": "Share of generated groups that were mixed: with right and wrong answers.",
+                           "coverage": "Share of all training prompts rolled out at least once."}  # fmt: skip
+    return [Panel(name, figure, captions[name]) for name, figure in drawn.items() if figure is not None]
 
 
 def sections(run: Run) -> dict[str, list[Panel]]:
