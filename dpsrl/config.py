@@ -268,6 +268,7 @@ class LogConfig:
         choices=("wandb", "tensorboard"),
     )  # fmt: skip
     wandb_project: str = key("dpsrl", "Weights & Biases project")
+    responses: int = key(8, "groups of each step whose responses are kept in responses.jsonl; 0: none", ge=0)
 
 
 @dataclass

@@ -29,6 +29,7 @@ from dpsrl.own import is_own
 from dpsrl.pools import ControllerHandle, RolloutPool, TrainerPool, transfer_backend
 from dpsrl.prior import Prior, read_prior
 from dpsrl.resources import check_here, resource_plan
+from dpsrl.responses import ResponseLog
 from dpsrl.resume import Driver, check_same_run, choose_checkpoint, read_driver
 from dpsrl.rewards import Scorer, check_function, try_function
 from dpsrl.run_folder import RunFolder, unwritable
@@ -57,6 +58,7 @@ class Run:
     weights: Weights
     metrics: Metrics
     group_log: GroupLog
+    response_log: ResponseLog
     outcome_rule: OutcomeRule
     driver: Driver  # what is saved of all this
     generating_s: float = 0.0  # in the step under way
@@ -228,6 +230,7 @@ def launch(config: Config, checked: Checked, screen: Screen, stack: ExitStack, c
     if driver.record:
         metrics.restore(driver.record)
     group_log = GroupLog(folder.groups, driver.num_generated, screen.line)
+    response_log = ResponseLog(folder.responses, config.log.responses, config.seed, driver.num_generated, screen.line)
 
     def say(text: str) -> None:
         screen.line(text)
@@ -237,7 +240,7 @@ def launch(config: Config, checked: Checked, screen: Screen, stack: ExitStack, c
     groups = GroupStream(prompts, rollouts, scorer, tokenizer, config.seed)
     run = Run(
         config, checked, screen, cluster, controller, groups, rollouts, trainers, weights, metrics, group_log,
-        outcome_rule(config), driver, saved=driver.step,
+        response_log, outcome_rule(config), driver, saved=driver.step,
     )  # fmt: skip
     if checkpoint is None:
         for line in start_beliefs(config, controller, checked.prior):

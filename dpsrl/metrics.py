@@ -238,10 +238,11 @@ class Lines:
     def __init__(self, path: Path, last_step: int, say: Callable[[str], None]) -> None:
         self.path, self._say = path, say
         self._num_lost = 0
-        kept, _ = _read_all(path) if last_step >= 0 and path.exists() else ([], 0)
         partial = path.with_name(path.name + ".new")
-        lines = [json.dumps(r) + "\n" for r in kept if r["step"] <= last_step or "event" in r]
-        partial.write_text("".join(lines), encoding="utf-8")
+        with partial.open("w", encoding="utf-8") as kept:
+            for record in each_line(path) if last_step >= 0 and path.exists() else ():
+                if record is not None and (record["step"] <= last_step or "event" in record):
+                    kept.write(json.dumps(record) + "\n")
         os.replace(partial, path)
         self._file = path.open("ab", buffering=0)  # a killed run keeps every line it wrote
 
@@ -272,17 +273,21 @@ def read_events(path: Path) -> list[Record]:
 
 
 def _read_all(path: Path) -> tuple[list[Record], int]:
-    records, num_unreadable = [], 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            record = None
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
-        else:
-            num_unreadable += 1
-    return records, num_unreadable
+    records = list(each_line(path))
+    good = [record for record in records if record is not None]
+    return good, len(records) - len(good)
+
+
+def each_line(path: Path) -> Iterator[Record | None]:
+    """The objects with a whole `step` in a JSON-lines file, one after the other; None for a line that is none."""
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                record = json.loads(line.decode(errors="replace"))
+            except (ValueError, RecursionError):  # no JSON, numbers of thousands of digits, or nested without end
+                record = None
+            whole = isinstance(record, dict) and isinstance(record.get("step"), int)
+            yield record if whole else None
 
 
 # --- the whole run ------------------------------------------------------------------------------------

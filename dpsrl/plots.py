@@ -1,4 +1,4 @@
-"""Figures of one or several runs from the records of their metrics.jsonl, and nothing else.
+"""Figures of one or several runs from the records of their metrics.jsonl, and the look that all figures share.
 
 Each figure function takes `runs` (name -> records) or one run's `records`, and returns a matplotlib figure,
 or None where the records hold nothing to draw. Colours are Okabe and Ito's, told apart by every eye.
@@ -8,6 +8,7 @@ matplotlib is imported when a figure is drawn, not before.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -27,10 +28,15 @@ DASHES = ("-", "--", ":", "-.")  # after a round of colours
 STATES = {"solved": GREEN, "partial": ORANGE, "unsolved": "#777777", "unseen": "#E3E3E3"}
 PHASE_COLORS = dict(zip(PHASES, ("#BBBBBB", RED, BLUE, SKY, ORANGE, GREEN, PINK, "#777777"), strict=True))
 
+ROLLOUTS = "rollout/num_rollouts"
+X_LABELS = {"step": "step", ROLLOUTS: "rollouts generated"}
+TITLE_WORDS = {"step": "steps", ROLLOUTS: "rollouts"}
+
+MAX_LABEL = 44  # characters, of which the last are kept
 MAX_POINTS = 250  # a longer curve is drawn from this many means of equal stretches of steps
 
 STYLE = {
-    "figure.figsize": (5.6, 3.3),
+    "figure.figsize": (5.2, 3.15),
     "figure.constrained_layout.use": True,
     "font.size": 9.5,
     "axes.titlesize": 11,
@@ -49,17 +55,29 @@ STYLE = {
     "legend.fontsize": 8.5,
     "lines.linewidth": 1.8,
     "svg.fonttype": "none",  # text stays text: small files, found by the browser's search
-    "svg.hashsalt": "dpsrl",  # the same records give the same bytes
+    "text.parse_math": False,  # a run's name may hold dollars
 }
 
 
 # --- series -------------------------------------------------------------------------------------------
 
 
-def series(records: Sequence[Record], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values) where the key has a value, float64."""
-    points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
-    return np.array([p[0] for p in points], dtype=float), np.array([p[1] for p in points], dtype=float)
+def series(records: Sequence[Record], key: str, over: str = "step") -> tuple[np.ndarray, np.ndarray]:
+    """(x, values) where the key has a value, float64; over: a key that only grows, its last value holds on."""
+    points, x = [], 0.0
+    for record in records:
+        x = number(record.get(over), x)
+        value = number(record.get(key))
+        if value is not None:
+            points.append((x, value))
+    table = np.array(points, dtype=float).reshape(-1, 2)
+    return table[:, 0], table[:, 1]
+
+
+def number(value: object, default: float | None = None) -> float | None:
+    """A file may hold anything under a key."""
+    finite = isinstance(value, (int, float)) and abs(value) < 1e300  # neither NaN nor an integer of thousands of digits
+    return float(value) if finite else default
 
 
 def thin(values: np.ndarray) -> np.ndarray:
@@ -79,9 +97,11 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return (sums[high] - sums[low]) / (high - low)
 
 
-def curve(axes: Axes, records: Sequence[Record], key: str, label: str, color: str, dash: str = "-") -> bool:
+def curve(
+    axes: Axes, records: Sequence[Record], key: str, label: str, color: str, dash: str = "-", over: str = "step"
+) -> bool:
     """Draws the key's moving mean, its single values faint behind; False where there are none."""
-    steps, values = series(records, key)
+    steps, values = series(records, key, over)
     if not len(steps):
         return False
     steps, values = thin(steps), thin(values)
@@ -101,18 +121,18 @@ def eval_keys(records: Iterable[Record]) -> list[str]:
 # --- figures over several runs ------------------------------------------------------------------------
 
 
-def accuracy(runs: Runs) -> Figure | None:
+def accuracy(runs: Runs, over: str = "step") -> Figure | None:
     """Held-out accuracy at each evaluation, a line per run and benchmark."""
     lines = []
     for run, records in runs.items():
         for key in eval_keys(records):
             benchmark, measure = key.removeprefix("eval/").rsplit("/", 1)
-            name = f"{benchmark} {measure}" if len(runs) == 1 else f"{run}: {benchmark} {measure}"
-            lines.append((name, *series(records, key)))
+            name = label_of(f"{benchmark} {measure}" if len(runs) == 1 else f"{run}: {benchmark} {measure}")
+            lines.append((name, *series(records, key, over)))
     lines = [line for line in lines if len(line[1])]
     if not lines:
         return None
-    figure, axes = new_figure("Held-out accuracy", "accuracy")
+    figure, axes = new_figure(f"Held-out accuracy over {TITLE_WORDS[over]}", "accuracy", xlabel=X_LABELS[over])
     for index, (name, steps, values) in enumerate(lines):
         color, dash = style_of(index)
         # As many markers as tell evaluations apart.
@@ -147,16 +167,17 @@ def label_ends(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str) ->
         )
 
 
-def reward(runs: Runs) -> Figure | None:
+def reward(runs: Runs, over: str = "step") -> Figure | None:
     """Reward and solve rate of the training rollouts; with several runs, the solve rate of each."""
-    figure, axes = new_figure("Training rollouts", "reward, share solved" if len(runs) == 1 else "share solved")
+    ylabel = "reward, share solved" if len(runs) == 1 else "share solved"
+    figure, axes = new_figure(f"Training rollouts over {TITLE_WORDS[over]}", ylabel, xlabel=X_LABELS[over])
     drawn = []
     for index, (name, records) in enumerate(runs.items()):
         color, dash = style_of(index)
         if len(runs) == 1:
-            drawn.append(curve(axes, records, "rollout/reward", "reward", ORANGE, "--"))
-        label = "solve rate" if len(runs) == 1 else name
-        drawn.append(curve(axes, records, "rollout/solve_rate", label, color, dash))
+            drawn.append(curve(axes, records, "rollout/reward", "reward", ORANGE, "--", over))
+        label = "solve rate" if len(runs) == 1 else label_of(name)
+        drawn.append(curve(axes, records, "rollout/solve_rate", label, color, dash, over))
     widen(axes)
     return finish(figure, axes) if any(drawn) else None
 
@@ -169,7 +190,7 @@ def mixed(runs: Runs) -> Figure | None:
         color, dash = style_of(index)
         if len(runs) == 1:
             curve(axes, records, "selection/predicted_share", "predicted at selection", PINK, "--")
-        label = "mixed" if len(runs) == 1 else name
+        label = "mixed" if len(runs) == 1 else label_of(name)
         drawn.append(curve(axes, records, "selection/mixed_share", label, color, dash))
     return finish(figure, axes) if any(drawn) else None
 
@@ -180,7 +201,7 @@ def mixed(runs: Runs) -> Figure | None:
 def occupancy(records: Sequence[Record]) -> Figure | None:
     """Share of prompts last seen in each solving state, stacked."""
     keys = [f"selection/occupancy/{state}" for state in STATES]
-    rows = [[r["step"], *(r[key] for key in keys)] for r in records if all(r.get(k) is not None for k in keys)]
+    rows = [[r["step"], *(r[k] for k in keys)] for r in records if all(number(r.get(k)) is not None for k in keys)]
     if not rows:
         return None
     table = thin(np.array(rows, dtype=float))
@@ -219,15 +240,16 @@ def stack(axes: Axes, steps: np.ndarray, values_TS: np.ndarray, labels: list[str
 # --- the common look ----------------------------------------------------------------------------------
 
 
-def new_figure(title: str, ylabel: str, share: bool = False) -> tuple[Figure, Axes]:
+def new_figure(title: str, ylabel: str, share: bool = False, xlabel: str = X_LABELS["step"]) -> tuple[Figure, Axes]:
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure()  # not pyplot's: no window, no global list of figures
-        axes = figure.add_subplot(title=title, xlabel="step", ylabel=ylabel)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
+        figure = Figure(layout="none")  # not pyplot's: no window, no global list of figures
+        axes = figure.add_subplot(title=title, xlabel=xlabel, ylabel=ylabel)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         if share:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
             axes.set_ylim(0, 1)
@@ -252,6 +274,13 @@ def finish(figure: Figure, axes: Axes, outside: bool = False) -> Figure:
     return figure
 
 
+def label_of(name: str) -> str:
+    """A name as a legend can show it: not too long, without what no file can hold, and never hidden."""
+    shown = name.encode("utf-8", errors="replace").decode().replace("\0", " ")
+    shown = shown if len(shown) <= MAX_LABEL else f"...{shown[3 - MAX_LABEL :]}"
+    return f" {shown}" if shown.startswith("_") else shown  # matplotlib leaves out labels that begin so
+
+
 def style_of(index: int) -> tuple[str, str]:
     return CYCLE[index % len(CYCLE)], DASHES[index // len(CYCLE) % len(DASHES)]
 
@@ -260,7 +289,9 @@ def style_of(index: int) -> tuple[str, str]:
 
 RUNS_FIGURES: dict[str, Callable[[Runs], Figure | None]] = {
     "accuracy": accuracy,
+    "accuracy-rollouts": lambda runs: accuracy(runs, ROLLOUTS),
     "reward": reward,
+    "reward-rollouts": lambda runs: reward(runs, ROLLOUTS),
     "mixed": mixed,
 }
 RUN_FIGURES: dict[str, Callable[[Sequence[Record]], Figure | None]] = {
@@ -271,25 +302,54 @@ RUN_FIGURES: dict[str, Callable[[Sequence[Record]], Figure | None]] = {
 
 def figures(runs: Runs) -> dict[str, Figure]:
     """Every figure these runs have something for, by name; the last two only for a single run."""
-    drawn = {name: draw(runs) for name, draw in RUNS_FIGURES.items()}
+    drawn = runs_figures(runs)
     if len(runs) == 1:
         (records,) = runs.values()
-        drawn |= {name: draw(records) for name, draw in RUN_FIGURES.items()}
+        drawn |= {name: figure for name, draw in RUN_FIGURES.items() if (figure := draw(records)) is not None}
+    return drawn
+
+
+def runs_figures(runs: Runs) -> dict[str, Figure]:
+    drawn = {name: draw(runs) for name, draw in RUNS_FIGURES.items()}
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def to_svg(figure: Figure) -> str:
-    """The <svg> element alone, to stand inside a page."""
+def lay_out(figure: Figure) -> None:
+    """Once, where matplotlib would do it twice for each file, which takes as long as drawing."""
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    ConstrainedLayoutEngine().execute(figure)
+
+
+def to_svg(figure: Figure, name: str = "figure") -> str:
+    """A whole SVG file; `name` goes into the ids in it, so that several can stand in one page."""
     import matplotlib
 
+    lay_out(figure)
     buffer = io.StringIO()
-    with matplotlib.rc_context(STYLE):
+    # The same records give the same bytes.
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    return buffer.getvalue()
+
+
+def to_element(figure: Figure, name: str) -> tuple[str, str]:
+    """(title, the <svg> element without it), to stand in a page whose style sheet has a value for each colour."""
+    (title,) = {axes.get_title(loc="left") for axes in figure.axes if axes.get_title(loc="left")}
+    for axes in figure.axes:
+        axes.set_title("", loc="left")
+    svg = to_svg(figure, name)
+    svg = re.sub(r' id="[A-Za-z0-9.]+_[0-9]+"', "", svg[svg.index("<svg") :])
+    return title, re.sub(r'style="[^"]*"', lambda style: themed(style[0]), svg)
+
+
+def themed(style: str) -> str:
+    """Colours as variables of the page: --ink-0072b2 stands for #0072b2, and is that where the page has no other."""
+    return re.sub(r"#([0-9a-f]{6})", lambda color: f"var(--ink-{color[1]}, #{color[1]})", style)
 
 
 def to_png(figure: Figure) -> bytes:
+    lay_out(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=200)
     return buffer.getvalue()

@@ -45,6 +45,7 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
         self.groups = path / "groups.jsonl"
+        self.responses = path / "responses.jsonl"
         self.summary = path / "summary.json"
         self.report = path / "report.html"
         self.checkpoints = path / "checkpoints"

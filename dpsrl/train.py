@@ -103,6 +103,7 @@ def generate(run: Run) -> list[Group]:
     while run.groups.pending and not has_enough(run):
         run.screen.stage("generating", len(groups), len(groups) + run.groups.pending, "groups")
         groups += next_groups(run)
+    run.response_log.write(driver.num_generated, run.checked.prompts)
     elapsed_s = time.monotonic() - started
     run.generating_s += elapsed_s
     metrics.add({"time/generate_s": elapsed_s - run.groups.score_s, "time/score_s": run.groups.score_s})
@@ -132,16 +133,18 @@ def has_enough(run: Run) -> bool:
 def next_groups(run: Run) -> list[Group]:
     """Waits for groups, asks which are trained on, and rolls out more prompts in place of the others."""
     driver = run.driver
-    groups = [group for group, _ in run.groups.take()]
+    taken = run.groups.take()
+    groups = [group for group, _ in taken]
     for group in groups:
         shape_rewards(group, run.config)
     counts = [run.outcome_rule.counts(group.rewards_G) for group in groups]
     outcomes = [Outcome(group.index, *count, group.policy_version) for group, count in zip(groups, counts)]
     admitted, more = run.controller.admit(outcomes)
-    for group, count, is_admitted in zip(groups, counts, admitted, strict=True):
+    for (group, texts), count, is_admitted in zip(taken, counts, admitted, strict=True):
         _, predicted = driver.under_way.pop(group.index)
         run.metrics.add({"selection/predicted_share": predicted})
         run.group_log.write(driver.num_generated, group, count, is_admitted, predicted)
+        run.response_log.offer(driver.num_generated, group, count, texts)
         driver.ledger.came_back(group, is_admitted)
         if is_admitted:
             driver.admitted[group.index] = group
@@ -308,11 +311,19 @@ def run(config: Config) -> None:
         screen.stage("writing the report")
         try:
             write_summary(checked.folder.summary, summary)
-            report = write_report(checked.folder.path)
         except OSError as error:
             screen.table(summary, checked.folder.path, None)
             raise unwritable(checked.folder.path, error) from error
-        screen.table(summary, checked.folder.path, report)
+        screen.table(summary, checked.folder.path, reported(checked.folder.path, screen))
+
+
+def reported(run_dir: Path, screen: Screen) -> Path | None:
+    """The page of a run that has ended; that it cannot be written is no reason to end badly."""
+    try:
+        return write_report(run_dir)
+    except OSError as error:
+        screen.line(f"warning: the report cannot be written ({error.strerror}): python -m dpsrl.report {run_dir} later")
+        return None
 
 
 def train_until_done(config: Config, checked: Checked, screen: Screen) -> dict[str, Any] | None:

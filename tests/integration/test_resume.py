@@ -58,6 +58,7 @@ def assert_same(run, whole):
         np.testing.assert_array_equal(tensor, expected[name], err_msg=name)
     steps = [[record["step"] for record in r.lines("metrics.jsonl") if "event" not in record] for r in (run, whole)]
     assert steps[0] == steps[1] == list(range(STEPS + 1))
+    assert run.lines("responses.jsonl") == whole.lines("responses.jsonl") != []
     account = run.json("summary.json")["rollouts"]
     assert account == whole.json("summary.json")["rollouts"] and account["holds"]
 

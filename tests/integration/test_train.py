@@ -31,6 +31,7 @@ def test_the_run_ends_well_and_leaves_the_whole_folder(finished):
     for name in (
         "config.yaml",
         "groups.jsonl",
+        "responses.jsonl",
         "report.html",
         f"checkpoints/step_{summary['steps']}/manifest.json",
     ):
@@ -55,6 +56,16 @@ def test_every_group_is_logged_once(finished):
     for group in groups:
         assert group["policy_version"] == group["step"] - 1
         assert 0 <= group["num_solved"] <= group["num_rollouts"] == 8
+
+
+def test_the_answers_of_a_few_groups_of_every_step_are_kept(finished):
+    solved = {(group["step"], group["prompt_id"]): group["num_solved"] for group in finished.lines("groups.jsonl")}
+    kept = finished.lines("responses.jsonl")
+    steps = finished.json("summary.json")["steps"]
+    assert [line["step"] for line in kept] == [step for step in range(1, steps + 1) for _ in range(8)]
+    for line in kept:
+        assert sum(response["correct"] for response in line["responses"]) == solved[line["step"], line["prompt_id"]]
+        assert len(line["responses"]) == 8 and line["prompt"] and "target" in line["answer"]
 
 
 def test_the_number_of_workers_changes_neither_selection_nor_samples(single_run, many_run):

@@ -1,5 +1,6 @@
 """Figures drawn from records: what they show, and that odd runs draw too."""
 
+import re
 import subprocess
 import sys
 
@@ -58,7 +59,26 @@ def test_several_runs_share_the_axes_under_their_names():
     runs = {"dps": run_of(40), "uniform": run_of(20)}
     assert set(lines_of(plots.accuracy(runs))) == {"dps: countdown avg@8", "uniform: countdown avg@8"}
     assert set(lines_of(plots.reward(runs))) == set(lines_of(plots.mixed(runs))) == {"dps", "uniform"}
-    assert set(plots.figures(runs)) == {"accuracy", "reward", "mixed"}
+    assert set(plots.figures(runs)) == {"accuracy", "accuracy-rollouts", "reward", "reward-rollouts", "mixed"}
+
+
+def test_over_rollouts_the_same_values_stand_at_the_rollouts_so_far():
+    records = run_of(40)
+    for record in records[1:]:
+        record["rollout/num_rollouts"] = 64 * record["step"]
+    rollouts, values = lines_of(plots.accuracy({"quick": records}, plots.ROLLOUTS))["countdown avg@8"]
+    assert list(rollouts) == [0, 64 * 20, 64 * 40]
+    assert values == pytest.approx([0.3, 0.4, 0.5])
+    rollouts, _ = plots.series([*records, {"step": 41, "rollout/reward": 0.5}], "rollout/reward", plots.ROLLOUTS)
+    assert list(rollouts[-2:]) == [64 * 40, 64 * 40], "a step without a count stands where the last one did"
+
+
+def test_values_that_are_no_numbers_are_left_out():
+    records = [
+        {"step": i, "rollout/reward": value} for i, value in enumerate(["x", None, [1], float("nan"), 10**999, 2])
+    ]
+    steps, values = plots.series(records, "rollout/reward")
+    assert (list(steps), list(values)) == ([5], [2])
 
 
 def test_one_run_shows_what_the_beliefs_expected():
@@ -119,11 +139,33 @@ def test_smoothing_is_a_centred_mean_against_brute_force():
     assert plots.smooth(values) == pytest.approx(expected)
 
 
-def test_svg_is_one_element_of_text_and_the_same_each_time():
+def test_svg_is_text_and_the_same_each_time():
     svg = plots.to_svg(plots.mixed({"run": run_of(25)}))
-    assert svg.startswith("<svg") and svg.rstrip().endswith("</svg>")
-    assert "predicted at selection" in svg
+    assert svg.startswith("<?xml") and svg.rstrip().endswith("</svg>")
+    assert "predicted at selection" in svg and "Mixed groups" in svg
     assert svg == plots.to_svg(plots.mixed({"run": run_of(25)}))
+
+
+def test_in_a_page_colours_are_variables_the_title_stands_outside_and_ids_do_not_clash():
+    pages = [plots.to_element(plots.mixed({"run": run_of(25)}), salt) for salt in ("r0", "r1")]
+    (title, svg), (_, other) = pages
+    assert title == "Mixed groups" and title not in svg
+    assert svg.startswith("<svg") and svg.rstrip().endswith("</svg>")
+    assert "var(--ink-0072b2, #0072b2)" in svg and not re.search(r"(?<!, )#[0-9a-f]{6}", svg)
+    ids = [set(re.findall(r' id="([^"]+)"', one)) for one in (svg, other)]
+    assert ids[0] and not ids[0] & ids[1]
+    assert set(re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', svg)) <= {(i, "") for i in ids[0]} | {
+        ("", i) for i in ids[0]
+    }
+
+
+@pytest.mark.parametrize("name", ["a$b$c_{", "_hidden", "<b>&", "x" * 300, "\udcff"])
+def test_a_run_may_have_any_name(name):
+    """Dollars would be mathematics, and a label that begins with a line would not be shown."""
+    figure = plots.mixed({name: run_of(5), "other": run_of(5)})
+    svg = plots.to_element(figure, "r0")[1]
+    assert svg.encode(errors="strict") and "other" in svg
+    assert len(lines_of(figure)) == 2
 
 
 def test_png_is_a_png():

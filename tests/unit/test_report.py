@@ -1,5 +1,7 @@
 """Run folders as a page: whole runs, killed ones, several at once, and folders that are none."""
 
+import base64
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
@@ -8,6 +10,7 @@ import pytest
 
 from dpsrl import report
 from dpsrl.metrics import read_lines, summarize, write_summary
+from tests import made_run
 
 
 def make_run(folder, num_steps=5, finished=True):
@@ -37,17 +40,18 @@ def make_run(folder, num_steps=5, finished=True):
 class Page(HTMLParser):
     """Text of a page, and every address it would load; fails on tags that do not match up."""
 
-    VOID = {"meta", "br", "link", "img", "use", "path"}
+    VOID = {"meta", "br", "link", "img", "use", "path", "input"}
 
     def __init__(self, html):
         super().__init__()
-        self.stack, self.words, self.addresses = [], [], []
+        self.stack, self.words, self.addresses, self.scripts = [], [], [], []
         self.feed(html)
         self.close()
         assert self.stack == []
 
     def handle_starttag(self, tag, attributes):
         self.addresses += [v for k, v in attributes if k in ("src", "href", "xlink:href", "action", "data")]
+        self.scripts += [dict(attributes).get("type")] if tag == "script" else []
         if tag not in self.VOID:
             self.stack.append(tag)
 
@@ -61,7 +65,8 @@ class Page(HTMLParser):
             assert self.stack.pop() == tag
 
     def handle_data(self, data):
-        self.words.append(data)
+        if self.stack[-1:] not in (["script"], ["style"]):
+            self.words.append(data)
 
     @property
     def text(self):
@@ -81,9 +86,9 @@ def test_a_finished_run_on_one_page(tmp_path):
 def test_the_page_loads_nothing_and_escapes_everything(tmp_path):
     html = report.write_report(make_run(tmp_path / "a<b>&'\"c")).read_text()
     page = Page(html)
-    assert all(address.startswith("#") for address in page.addresses)
+    assert all(address.startswith("#") or address == "data:," for address in page.addresses)
     assert not re.search(r"url\((?!#)|@import", html)
-    assert "<script" not in html and "<b>&" not in html
+    assert page.scripts == ["application/octet-stream", "application/octet-stream", None] and "<b>&" not in html
     assert "alert('x')" in page.text and "a<b>&'\"c" in page.text
 
 
@@ -164,3 +169,86 @@ def test_what_is_no_run_folder_is_one_sentence(tmp_path, capsys, case):
     captured = capsys.readouterr()
     assert captured.out == "" and len(captured.err.strip().splitlines()) == 1
     assert str(tmp_path) in captured.err
+
+
+def test_the_one_script_that_may_run_is_ours(tmp_path):
+    html = report.write_report(make_run(tmp_path / "run")).read_text()
+    (digest,) = re.findall(r"script-src 'sha256-([^']+)'", html)
+    script = html[html.rindex("<script>") + len("<script>") : html.rindex("</script>")]
+    assert base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() == digest
+    assert "</script" not in script and "default-src 'none'" in html and "connect-src 'none'" in html
+
+
+HOSTILE = [
+    b"", b"\0\0\0", b"{", b"[1, 2]", b"\xff\xfe", b'{"step": 1}', b'{"step": 1, "prompt_id": 3}', b"[" * 100_000,
+    b"1" * 5000, b'{"step": ' + b"9" * 5000 + b"}", b'{"step": 2, "rollout/reward": "x", "selection/coverage": [1]}',
+    b'{"step": 3, "eval/a/b": {}, "</script><b>": 1, "time/step_s": 1e999, "selection/occupancy/unseen": "many"}',
+    b'{"step": 4, "eval/x/avg@8": "high", "rollout/num_rollouts": -1e400}', b'{"step": true}', b'{"step": -5}',
+    b'{"step": 1, "event": ["<img src=x>"], "text": null}',
+]  # fmt: skip
+
+
+def test_broken_lines_in_every_file_give_a_page_with_notes(tmp_path):
+    run_dir = make_run(tmp_path / "run")
+    good = json.dumps(group_line(3))
+    for name in ("metrics.jsonl", "groups.jsonl", "responses.jsonl"):
+        before = (run_dir / name).read_bytes() if (run_dir / name).exists() else good.encode() + b"\n"
+        (run_dir / name).write_bytes(b"\n".join(HOSTILE) + b"\n" + before + b"\n".join(HOSTILE[::-1]) + b'{"step": 1, ')
+    (run_dir / "config.yaml").write_bytes(b"\0\xff: [{&a *b !!python/object")
+    (run_dir / "summary.json").write_text('{"steps": "many"}')
+    page = Page(report.write_report(run_dir).read_text())
+    for name in ("metrics", "groups", "responses"):
+        assert f"Lines of {name}.jsonl that could not be read and are left out" in page.text
+    assert "0.250" in page.text and "<img" in page.text
+
+
+def group_line(step, prompt="p", num_solved=3, predicted=0.5):
+    line = {"step": step, "prompt_id": prompt, "policy_version": step, "num_solved": num_solved, "num_rollouts": 8}
+    return line | {"admitted": True, "predicted": predicted}
+
+
+def test_what_selection_did_and_what_it_cost(tmp_path, capsys):
+    run_dir = made_run.make_run(tmp_path / "run")
+    assert report.main([str(run_dir), "--svg", str(tmp_path / "svg"), "--png", str(tmp_path / "png")]) == 0
+    page = Page((run_dir / "report.html").read_text())
+    titles = [
+        "Held-out accuracy over rollouts", "What selection got", "From one group of a prompt to its next",
+        "Prompts that changed state", "Prediction and outcome", "Coverage", "How often each prompt was rolled out",
+        "What the mixed groups cost", "Where the rollouts went", "Time by phase", "Prompts",
+    ]  # fmt: skip
+    assert [title for title in titles if title not in page.text] == []
+    assert "Brier score" in page.text and "uniform sampling (estimated)" in page.text
+    names = {path.stem for path in (tmp_path / "svg").iterdir()}
+    assert names == {path.stem for path in (tmp_path / "png").iterdir()} and len(names) == 15
+    svg = (tmp_path / "svg" / "flow.svg").read_text()
+    assert svg.startswith("<?xml") and "var(" not in svg and "From one group of a prompt to its next" in svg
+    assert str(tmp_path / "svg" / "flow.svg") in capsys.readouterr().out
+
+
+def test_a_run_whose_other_costs_cannot_be_told_says_so(tmp_path):
+    run_dir = make_run(tmp_path / "run")
+    (run_dir / "groups.jsonl").write_text(json.dumps(group_line(1)) + "\n")
+    assert "cannot be estimated for this run: it has no figure of prompts drawn" in Page(report_of(run_dir)).text
+    (run_dir / "groups.jsonl").write_text(json.dumps(group_line(1, num_solved=8)) + "\n")
+    assert "cannot be estimated for this run: none of its groups was mixed" in Page(report_of(run_dir)).text
+
+
+def report_of(run_dir):
+    return report.write_report(run_dir).read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [(["--port", "8000"], "--port 8000 would have no effect"), (["--watch", "--port", "70000"], "--port 70000 is none"),
+     (["--watch", "--out", "x.html"], "--out has no effect with --watch")],
+)  # fmt: skip
+def test_options_without_effect_are_refused(tmp_path, capsys, arguments, words):
+    assert report.main([str(make_run(tmp_path / "run")), *arguments]) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err and len(captured.err.splitlines()) == 1 and captured.out == ""
+
+
+def test_a_page_that_cannot_be_written_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "page.html").mkdir()
+    assert report.main([str(make_run(tmp_path / "run")), "--out", str(tmp_path / "page.html")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
