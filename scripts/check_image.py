@@ -1,10 +1,10 @@
-"""Builds the CPU image without Docker, out of a clean root, and trains in it as its user: `make docker-check`.
+"""Builds the CPU image without Docker, on a clean root, and trains in it as its user: `make docker-check`.
 
     python scripts/check_image.py [KEY=VALUE ...]     keys go to the run in the image
 
-Where no image registry can be reached, debootstrap makes the root that Debian's images are made from, out of the package
-mirror that this machine uses, and buildah builds docker/Dockerfile on it. pip's mirrors are this machine's too: they
-are handed in as a secret, and folders of packages are mounted. Needs root, about 15 GB of disk and a quarter of an hour.
+Where no image registry can be reached, debootstrap makes the root that Debian's images are made from, out of the
+package mirror that this machine uses, and buildah builds docker/Dockerfile on it. pip's mirrors are this machine's too:
+they are handed in as a secret, and folders of packages are mounted. Needs root, 15 GB of disk and a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -35,6 +35,13 @@ class Builder:
     def __call__(self, command: str, *arguments: str, **options) -> subprocess.CompletedProcess:
         return subprocess.run(["buildah", command, *self.storage, *arguments], check=True, text=True, **options)
 
+    def close(self) -> None:
+        """Unmounts what buildah leaves mounted, so that its storage can be removed."""
+        self("rm", "--all", stdout=subprocess.DEVNULL)
+        mounted = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+        for place in sorted((p for p in mounted if p.startswith(self.storage[1])), reverse=True):
+            subprocess.run(["umount", place], check=True)
+
     def output(self, command: str, *arguments: str) -> str:
         return self(command, *arguments, stdout=subprocess.PIPE).stdout.strip()
 
@@ -63,27 +70,28 @@ def package_mirror() -> str:
 
 
 def pip_settings(folder: Path) -> tuple[Path, list[str]]:
-    """A pip.conf with all that pip was told on this machine, and the folders and files that it names."""
+    """A pip.conf with all that pip was told on this machine, and mounts of the folders and files that it names."""
     listing = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
     ).stdout
-    settings = {}
+    lines, mounts = ["[global]"], set()
     for line in listing.splitlines():
         name, _, value = line.partition("=")
-        settings[name.rpartition(".")[2]] = ast.literal_eval(value)
-    (folder / "pip.conf").write_text(
-        "[global]\n" + "".join(f"{k} = {' '.join(v.split())}\n" for k, v in settings.items())
-    )
-    places = set()
-    for word in " ".join(settings.values()).split():
-        path = Path(word.removeprefix("file://"))
-        if path.is_absolute() and path.exists():
-            places.add(path.parent if word.startswith("file://") else path)  # an index refers to files beside it
-    return folder / "pip.conf", [f"--volume={place}:{place}:ro" for place in sorted(places)]
+        words = ast.literal_eval(value).split()
+        for place, word in enumerate(words):
+            path = Path(word.removeprefix("file://"))
+            if path.is_file():  # a certificate; its own place in the image belongs to a package
+                words[place] = f"/mnt/{path.name}"
+                mounts.add(f"--volume={path}:{words[place]}:ro")
+            elif path.is_absolute() and path.is_dir():
+                path = path.parent if word.startswith("file://") else path  # an index refers to files beside it
+                mounts.add(f"--volume={path}:{path}:ro")
+        lines.append(f"{name.rpartition('.')[2]} = {' '.join(words)}")
+    (folder / "pip.conf").write_text("\n".join(lines) + "\n")
+    return folder / "pip.conf", sorted(mounts)
 
 
-def check(folder: Path, keys: list[str]) -> None:
-    build = Builder(folder)
+def check(build: Builder, folder: Path, keys: list[str]) -> None:
     print("check_image: making a clean root", flush=True)
     base = clean_root(build, folder)
     config, mounts = pip_settings(folder)
@@ -113,11 +121,14 @@ def main(keys: list[str]) -> int:
         return 2
     (ROOT / "build").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="image-", dir=ROOT / "build") as folder:
+        build = Builder(Path(folder))
         try:
-            check(Path(folder), keys)
+            check(build, Path(folder), keys)
         except subprocess.CalledProcessError as error:
             print(f"check_image: {error.cmd[0]} {error.cmd[1]} ended with {error.returncode}", file=sys.stderr)
             return 1
+        finally:
+            build.close()
     return 0
 
 

@@ -3,6 +3,7 @@
     python scripts/launch.py [KEY=VALUE ...]         the run, here or on the Ray cluster DPSRL_ADDRESS=HOST:PORT
     python scripts/launch.py head [KEY=VALUE ...]    starts Ray here as HOST:PORT, waits for DPSRL_NODES machines, runs
     python scripts/launch.py worker                  adds this machine to HOST:PORT until that ends
+    python scripts/launch.py stop                    has the run on this machine saved and ended, and waits for that
 
 Keys are those of dpsrl.train, after those in DPSRL_ARGS. The run goes into DPSRL_RUN_DIR and, started again, goes on
 where it was. Exit codes are those of dpsrl.train, and 75 for a run that was asked to stop (SIGTERM), has saved and is
@@ -36,7 +37,7 @@ RAY_ENDS_S = 30.0
 
 def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(UNFINISHED))  # until the run itself takes care of it
-    role = arguments.pop(0) if arguments[:1] in (["head"], ["worker"]) else "run"
+    role = arguments.pop(0) if arguments and arguments[0] in ROLES else "run"
     codes: list[int] = []
     failed = exit_code("launch", lambda: codes.append(ROLES[role](arguments, os.environ)))
     return failed or codes[0]
@@ -71,6 +72,22 @@ def run_arguments(arguments: list[str], environment: Mapping[str, str]) -> list[
 def _written(file: Path) -> int | None:
     """When, by the clock of its disk; None where it is not."""
     return file.stat().st_mtime_ns if file.exists() else None
+
+
+def stop(arguments: list[str], environment: Mapping[str, str]) -> int:
+    """For how long is up to the caller: it is the step under way that takes its time."""
+    import psutil
+
+    runs = [process for process in psutil.process_iter(["cmdline"]) if _is_run(process.info["cmdline"] or [])]
+    for process in runs:
+        process.terminate()
+    psutil.wait_procs(runs)
+    return 0
+
+
+def _is_run(command: list[str]) -> bool:
+    """Whether it is this file at work, as a run or as the head of one."""
+    return [Path(word).name for word in command[1:2]] == ["launch.py"] and command[2:3] not in (["worker"], ["stop"])
 
 
 # --- Ray on several machines --------------------------------------------------------------------------
@@ -178,7 +195,7 @@ def _ray_folder(port: int) -> str:
     return f"/tmp/dpsrl-{os.getuid()}-{port}"
 
 
-ROLES = {"run": run, "head": head, "worker": worker}
+ROLES = {"run": run, "head": head, "worker": worker, "stop": stop}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
