@@ -18,14 +18,13 @@ submit() {
         --requeue --open-mode=append --output=slurm-%j.log "$0" "$@"
 }
 
-# Of this checkout, or of the image where there is one.
+# Of this checkout, or of the image where that is one for apptainer.
 set_commands() {
-    if [ -n "${DPSRL_IMAGE:-}" ]; then
+    python=("${PYTHON:-$root/.venv/bin/python}")
+    launch=("${python[@]}" "$root/scripts/launch.py")
+    if [[ "${DPSRL_IMAGE:-}" == *.sif ]]; then
         python=(apptainer exec --nv --bind "$PWD,$runs" --pwd "$PWD" "$DPSRL_IMAGE" python)
         launch=("${python[@]}" /opt/dpsrl/scripts/launch.py)
-    else
-        python=("${PYTHON:-$root/.venv/bin/python}")
-        launch=("${python[@]}" "$root/scripts/launch.py")
     fi
 }
 
