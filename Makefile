@@ -1,13 +1,13 @@
 # Everything works from a fresh clone: what needs .venv makes it first (scripts/install.sh).
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart simulate bench soak test check clean
+.PHONY: help install quickstart simulate bench soak test check docker docker-check clean
 
 PYTHON_BIN := .venv/bin/python
 # DeepSpeed and torch look for ninja on the PATH.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 help:  ## What there is
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install:  ## Make .venv with everything in it; does nothing the second time
 	@bash scripts/install.sh
@@ -31,6 +31,12 @@ check: install  ## Lint, format and the unit tests
 	@$(PYTHON_BIN) -m ruff check .
 	@$(PYTHON_BIN) -m ruff format --check .
 	@$(PYTHON_BIN) -m pytest -m "not gpu and not slow" tests/unit
+
+docker:  ## Build the image dpsrl:cpu, or with GPU=1 dpsrl:gpu; ARGS="--build-arg PIP_INDEX_URL=..." goes to docker
+	docker build --file docker/Dockerfile --build-arg DPSRL_EXTRA=$(if $(GPU),gpu,cpu) --tag dpsrl:$(if $(GPU),gpu,cpu) $(ARGS) .
+
+docker-check: install  ## Build the CPU image without Docker and train in it, as root: a quarter of an hour
+	@$(PYTHON_BIN) scripts/check_image.py $(ARGS)
 
 clean:  ## Remove caches and build outputs; .venv and runs stay
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
