@@ -1,6 +1,6 @@
 # Everything works from a fresh clone: what needs .venv makes it first (scripts/install.sh).
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart simulate bench soak test check clean
+.PHONY: help install quickstart simulate bench soak doctor test check clean
 
 PYTHON_BIN := .venv/bin/python
 # DeepSpeed and torch look for ninja on the PATH.
@@ -23,6 +23,9 @@ bench: install  ## Selection, full steps beside TRL, large data: a quarter of an
 
 soak: install  ## Hundreds of steps with random faults; ARGS="100" for fewer
 	@$(PYTHON_BIN) scripts/faults.py soak $(ARGS)
+
+doctor:  ## What this machine has and lacks, with the remedies; ARGS="+recipe=math" for another recipe
+	@if [ -x $(PYTHON_BIN) ]; then $(PYTHON_BIN) -m dpsrl.doctor $(ARGS); else python3 -m dpsrl.doctor $(ARGS); fi
 
 test: install  ## Unit and integration tests; ARGS="-k name" goes to pytest
 	@$(PYTHON_BIN) -m pytest -m "not gpu and not slow" $(ARGS)

@@ -29,7 +29,7 @@ from dpsrl.config import Config, help_text, load_config
 from dpsrl.controller import Outcome
 from dpsrl.early import EarlyTraining
 from dpsrl.evaluate import exit_code
-from dpsrl.launch import Checked, Run, ask, launch, open_run, opening_lines, preflight
+from dpsrl.launch import Checked, Run, ask, dry_run, launch, open_run, preflight
 from dpsrl.metrics import read_events, read_lines, summarize, write_summary
 from dpsrl.report import write_report
 from dpsrl.resume import about_run
@@ -291,10 +291,10 @@ def save(run: Run, score: float | None) -> int:
 
 
 def run(config: Config) -> None:
-    checked = preflight(config)
     if config.dry_run:
-        print("\n".join(opening_lines(config, checked)))
+        print("\n".join(dry_run(config)))
         return
+    checked = preflight(config)
     with ExitStack() as stack:
         screen = open_run(config, checked, stack)
         summary = train_until_done(config, checked, screen)
