@@ -192,11 +192,8 @@ def end_in_a_sentence(kind: type[BaseException], error: BaseException, trace: ty
             importing = False
     others = [name for name in modules if name not in OURS]
     culprit = str(error.name).partition(".")[0] if isinstance(error, ModuleNotFoundError) else next(iter(others), "")
-    if (
-        not isinstance(error, Exception)
-        or not (importing or isinstance(error, ImportError))
-        or culprit in ("", "dpsrl")
-    ):
+    loading = isinstance(error, ImportError) or (importing and isinstance(error, Exception))
+    if not loading or culprit in ("", "dpsrl", *sys.stdlib_module_names):
         sys.__excepthook__(kind, error, trace)
         return
     words = (str(error).strip() or kind.__name__).splitlines()[0]
