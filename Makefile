@@ -30,11 +30,12 @@ doctor:  ## What this machine has and lacks, with the remedies; ARGS="+recipe=ma
 test: install  ## Unit and integration tests; ARGS="-k name" goes to pytest
 	@$(PYTHON_BIN) -m pytest -m "not gpu and not slow" $(ARGS)
 
-check: install  ## Lint, format and the unit tests
+check: install  ## Lint, format, types and the quick unit tests: under a minute
 	@$(PYTHON_BIN) -m ruff check .
 	@$(PYTHON_BIN) -m ruff format --check .
-	@$(PYTHON_BIN) -m pytest -m "not gpu and not slow" tests/unit
+	@$(PYTHON_BIN) -m mypy
+	@$(PYTHON_BIN) -m pytest -q -m "not gpu and not slow and not process" tests/unit $(ARGS)
 
 clean:  ## Remove caches and build outputs; .venv and runs stay
-	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find dpsrl tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -209,7 +209,7 @@ def hub(endpoint: str, cache: str) -> Finding:
     if offline:
         return _row("Hugging Face hub", OK, f"offline ({offline} is set), {stock}")
     if not endpoint:
-        fix = "install the packages first, see below"
+        fix = "install the packages that are missing first"
         return _row("Hugging Face hub", WARNING, "not asked: huggingface_hub does not load", fix)
     if answers(endpoint):
         return _row("Hugging Face hub", OK, f"online, {who}, {stock}")

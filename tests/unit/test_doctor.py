@@ -17,6 +17,8 @@ from dpsrl.installed import ROOT, Pin, pins
 from dpsrl.resources import needs_here
 from dpsrl.types import UserError
 
+pytestmark = pytest.mark.process
+
 OF_RECIPES = ("numpy", "hydra-core", "omegaconf", "antlr4-python3-runtime")  # what reading a recipe takes
 
 

@@ -9,6 +9,8 @@ import pytest
 from dpsrl import report
 from dpsrl.metrics import read_lines, summarize, write_summary
 
+pytestmark = pytest.mark.process
+
 
 def make_run(folder, num_steps=5, finished=True):
     folder.mkdir()

@@ -8,6 +8,8 @@ from dpsrl.selection.outcomes import OutcomeRule
 from dpsrl.trl import PromptSampler, report_rewards
 from dpsrl.types import UserError
 
+pytestmark = pytest.mark.process
+
 
 def build(num_prompts=12, batch=3, method="dps", **repeats):
     return PromptSampler(build_selector(method, num_prompts=num_prompts, num_rollouts=4, seed=0), batch, **repeats)
