@@ -132,7 +132,8 @@ def verdict(findings: list[Finding], arguments: list[str]) -> str:
 
 def what_to_do(findings: list[Finding]) -> list[tuple[str, str, str]]:
     """(names of findings, their fix, worst status), those first that the run cannot do without."""
-    fatal, by_fix = obstacles(findings), {}
+    fatal = obstacles(findings)
+    by_fix: dict[str, list[Finding]] = {}
     for row in findings:
         if row.fix:
             by_fix.setdefault(row.fix, []).append(row)

@@ -105,7 +105,7 @@ def evaluate(name: str, groups: GroupStream, config: Config, step: int, folder: 
         while groups.pending:
             for group, texts in groups.take():
                 finished.append(group)
-                if responses:
+                if responses and pass_rates:
                     _write_responses(responses, name, step, groups.prompts[group.index], group, texts)
                     num_solved, num_rollouts = rule.counts(group.rewards_G)
                     line = {"prompt_id": group.prompt_id, "num_solved": num_solved, "num_rollouts": num_rollouts}

@@ -83,9 +83,9 @@ def pins(extra: str) -> list[Pin]:
     for text, extras in _requirements():
         requirement, _, marker = text.partition(";")
         if extras & {"", "stack", extra} and ("sys_platform" not in marker or sys.platform in marker):
-            name, wanted = re.fullmatch(r"\s*([\w.-]+)\s*(?:\[[^]]*\])?\s*\(?([^)]*?)\)?\s*", requirement).groups()
-            if name != "dpsrl":
-                found[name] = Pin(name, wanted)
+            parsed = re.fullmatch(r"\s*([\w.-]+)\s*(?:\[[^]]*\])?\s*\(?([^)]*?)\)?\s*", requirement)
+            if parsed and parsed[1] != "dpsrl":
+                found[parsed[1]] = Pin(parsed[1], parsed[2])
     return list(found.values())
 
 

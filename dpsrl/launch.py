@@ -214,7 +214,7 @@ def launch(config: Config, checked: Checked, screen: Screen, stack: ExitStack, c
     rollouts.wait_until_up()
     sinks = [screen.step]
     if config.log.wandb:
-        plain_config = OmegaConf.to_container(OmegaConf.structured(config))
+        plain_config: Any = OmegaConf.to_container(OmegaConf.structured(config))
         sinks.append(stack.enter_context(WandbSink(folder.path, config.log.wandb_project, plain_config, screen.line)))
     driver = read_driver(checkpoint)
     metrics = Metrics(folder.metrics, sinks, driver.step, screen.line)

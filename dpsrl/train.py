@@ -190,8 +190,8 @@ def begin_update(run: Run, batch: list[Group], step: int) -> Any:
     if run.early:
         training, updates, run.early = run.early.finish(), run.early.updates, None
     else:
-        groups = shuffled(batch, config.seed, step)
-        groups = train_groups(groups, config, reference_kl(run, groups))
+        in_order = shuffled(batch, config.seed, step)
+        groups = train_groups(in_order, config, reference_kl(run, in_order))
         enough = len(groups) >= config.train.num_updates
         updates = lay_out_step(groups, config) if enough else []
         training = run.trainers.begin(updates) if enough else None
@@ -269,6 +269,7 @@ def save(run: Run, score: float | None) -> int:
         run.trainers.save_model(folder)
         run.checked.tokenizer.save_pretrained(folder)
 
+    record = run.metrics.so_far(run.driver.step)
     parts = {
         "model": write_model,
         "trainer": run.trainers.save_state,
@@ -276,7 +277,6 @@ def save(run: Run, score: float | None) -> int:
         "driver": lambda folder: run.driver.write(folder, run.elapsed_s(), record),
     }
     about, keep = about_run(run.config, run.checked.prompts), run.config.checkpoint.keep
-    record = run.metrics.so_far(run.driver.step)
     try:
         with run.metrics.timer("time/checkpoint_s"):
             run.checked.folder.save_checkpoint(run.driver.step, parts, about, keep, score)

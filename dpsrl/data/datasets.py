@@ -109,8 +109,9 @@ def load_rows(
     if path.suffix in (".parquet", ".arrow") and os.path.isfile(path):
         from dpsrl.data.arrow import ArrowRows
 
-        rows = ArrowRows(path, prompt_key, answer_key)
-        columns, report = rows.columns, rows.report
+        stored = ArrowRows(path, prompt_key, answer_key)
+        rows: Sequence[Row] = stored
+        columns, report = stored.columns, stored.report
     else:
         report = LoadReport(path.name if path.suffix in SUFFIXES else source)
         rows, columns = _rows_in_memory(source, split, prompt_key, answer_key, report)

@@ -77,7 +77,7 @@ def build_selector(
     )
 
 
-def options_of(cls: type) -> set[str]:
+def options_of(cls: Any) -> set[str]:
     """The names of a piece's options: its keyword-only arguments."""
     if cls.__init__ is object.__init__:
         return set()
@@ -103,7 +103,7 @@ def check_options(options: dict[str, Any], method: str, chosen: dict[str, str]) 
             raise UserError(f"selection option '{name}' has no effect with method '{method}' ({pieces}); remove it.")
 
 
-def check_fit(chosen: dict[str, str], classes: dict[str, type]) -> None:
+def check_fit(chosen: dict[str, str], classes: dict[str, Any]) -> None:
     """Refuses a score or pick with a belief that lacks what it reads."""
     belief, score, pick = classes["belief"], classes["score"], classes["pick"]
     needed = [("score", need, "belief", belief) for need in score.needs]
