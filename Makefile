@@ -1,6 +1,6 @@
 # Everything works from a fresh clone: what needs .venv makes it first (scripts/install.sh).
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart simulate bench soak test check docker docker-check clean
+.PHONY: help install quickstart simulate bench soak doctor test check docker docker-check clean
 
 PYTHON_BIN := .venv/bin/python
 # DeepSpeed and torch look for ninja on the PATH.
@@ -24,13 +24,17 @@ bench: install  ## Selection, full steps beside TRL, large data: a quarter of an
 soak: install  ## Hundreds of steps with random faults; ARGS="100" for fewer
 	@$(PYTHON_BIN) scripts/faults.py soak $(ARGS)
 
+doctor:  ## What this machine has and lacks, with the remedies; ARGS="+recipe=math" for another recipe
+	@if [ -x $(PYTHON_BIN) ]; then $(PYTHON_BIN) -m dpsrl.doctor $(ARGS); else python3 -m dpsrl.doctor $(ARGS); fi
+
 test: install  ## Unit and integration tests; ARGS="-k name" goes to pytest
 	@$(PYTHON_BIN) -m pytest -m "not gpu and not slow" $(ARGS)
 
-check: install  ## Lint, format and the unit tests
+check: install  ## Lint, format, types and the quick unit tests: under a minute
 	@$(PYTHON_BIN) -m ruff check .
 	@$(PYTHON_BIN) -m ruff format --check .
-	@$(PYTHON_BIN) -m pytest -m "not gpu and not slow" tests/unit
+	@$(PYTHON_BIN) -m mypy
+	@$(PYTHON_BIN) -m pytest -q -m "not gpu and not slow and not process" tests/unit $(ARGS)
 
 docker:  ## Build the image dpsrl:cpu, or with GPU=1 dpsrl:gpu; ARGS="--build-arg PIP_INDEX_URL=..." goes to docker
 	docker build --file docker/Dockerfile --build-arg DPSRL_EXTRA=$(if $(GPU),gpu,cpu) --tag dpsrl:$(if $(GPU),gpu,cpu) $(ARGS) .
@@ -39,5 +43,5 @@ docker-check: install  ## Build the CPU image without Docker and train in it, as
 	@$(PYTHON_BIN) scripts/check_image.py $(ARGS)
 
 clean:  ## Remove caches and build outputs; .venv and runs stay
-	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find dpsrl tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -126,7 +126,8 @@ class Cluster:
         deadline_s: run.stall_s where it is not given.
         """
         deadline_s = deadline_s or self.config.run.stall_s
-        actor_of, results = {call: actor for actor, call in calls.items()}, {}
+        actor_of = {call: actor for actor, call in calls.items()}
+        results: dict[Any, Any] = {}
         started_s = self.watchdog.awake_s
         while len(results) < len(calls):
             left = {call: actor for call, actor in actor_of.items() if call not in results}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -332,7 +332,7 @@ def load_config(arguments: list[str], entry: str = "train") -> Config:
                 f"{missing[0]} is not set: choose a recipe (+recipe={'|'.join(group_choices('recipe'))}) "
                 f"or give {missing[0]}=..."
             )
-        config = OmegaConf.to_object(raw)
+        config: Any = OmegaConf.to_object(raw)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_composition_sentence(error, arguments)) from error
     check(config, set_keys)
@@ -458,7 +458,7 @@ def value_of(config: Any, dotted: str) -> Any:
     return config
 
 
-def check(config: Config, set_keys: set[str] = frozenset()) -> None:
+def check(config: Config, set_keys: Set[str] = frozenset()) -> None:
     """Raises UserError on a value out of range, keys that contradict each other, or a set key without effect."""
     for name, item in schema_keys():
         _check_range(name, value_of(config, name), item.metadata)
@@ -592,7 +592,8 @@ def help_text(entry: str) -> str:
             lines.append(f"  {'+' if path.name == 'recipe' else ''}{path.name}={'|'.join(group_choices(path.name))}")
     lines.append("")
     for name, item in schema_keys():
-        default = item.default if item.default is not dataclasses.MISSING else item.default_factory()
+        made: Any = item.default_factory
+        default = item.default if item.default is not dataclasses.MISSING else made()
         shown = "" if default == MISSING else f" [{default}]"
         choices = f" ({', '.join(map(str, item.metadata['choices']))})" if item.metadata["choices"] else ""
         lines.append(f"  {name}{shown}: {item.metadata['text']}{choices}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,7 +32,7 @@ class Outcome(NamedTuple):
     policy_version: weight syncs before it was sampled; None: the policy of the step under way.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # in place of tuple's method of that name
     num_solved: int
     num_scored: int
     policy_version: int | None = None
@@ -127,7 +127,7 @@ class Controller:
             return []
         audited = self._audit.draw(self.selector.num_prompts, self._busy(), num_prompts) if not self._came_back else []
         self.selector.mark_selected(audited)
-        chosen = audited
+        chosen: Collection[int] = audited
         if num_prompts > len(audited):
             picked = self.selector.select(num_prompts - len(audited), exclude=[*self._busy(), *audited])
             chosen = np.concatenate([picked, np.asarray(audited, dtype=np.int64)])
@@ -198,7 +198,7 @@ class Controller:
         flights = [flight for _, flight in came_back]
         num_lost = 0 if ahead else len(self._in_flight)
 
-        self.selector.observe(*counts_B3.T, lag=lag_B)
+        self.selector.observe(counts_B3[:, 0], counts_B3[:, 1], counts_B3[:, 2], lag=lag_B)
         self.policy_version += 1
         scored_B = counts_B3[:, 2] > 0
         ids_B, num_solved_B, num_scored_B = counts_B3[scored_B].T
@@ -255,7 +255,7 @@ class Controller:
     def _lag(self, outcome: Outcome) -> int:
         return 0 if outcome.policy_version is None else self.policy_version - outcome.policy_version
 
-    def _take_off(self, ids: np.ndarray, num_audited: int) -> list[tuple[int, float]]:
+    def _take_off(self, ids: Collection[int], num_audited: int) -> list[tuple[int, float]]:
         """Puts the prompts in flight, the last `num_audited` of them as audited."""
         states_BS = self.selector.predict(ids)
         selected = []

@@ -23,6 +23,7 @@ from dpsrl.config import Config, help_text, is_countdown, load_config
 from dpsrl.data.build import benchmark_prompts, load_tokenizer
 from dpsrl.data.prompts import PromptSet
 from dpsrl.groups import EVALUATION, GroupStream
+from dpsrl.installed import check_installed
 from dpsrl.pools import RolloutPool, transfer_backend
 from dpsrl.resources import check_here, num_local_gpus, resource_plan
 from dpsrl.rewards import Scorer, try_function
@@ -117,7 +118,7 @@ def evaluate(
                 watch("evaluating", len(finished), len(groups.prompts), f"{name} prompts")
             for group, texts in groups.take():
                 finished.append(group)
-                if responses:
+                if responses and pass_rates:
                     _write_responses(responses, name, step, groups.prompts[group.index], group, texts)
                     num_solved, num_rollouts = rule.counts(group.rewards_G)
                     line = {"prompt_id": group.prompt_id, "num_solved": num_solved, "num_rollouts": num_rollouts}
@@ -206,6 +207,7 @@ def run(config: Config) -> None:
     """Evaluates one model and writes responses, pass rates and summary.json into a folder of its own."""
     if not config.eval.benchmarks:
         raise UserError("eval.benchmarks=[] names nothing to evaluate on: give eval.benchmarks=[math500] or the like")
+    check_installed()
     check_here(resource_plan(config, with_trainer=False))
     check_model_folder(config.model.path)
     folder = RunFolder(Path(config.run.dir or f"runs/evaluate-{time.strftime('%Y%m%d-%H%M%S')}"))

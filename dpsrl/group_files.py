@@ -56,7 +56,7 @@ def write_groups(folder: Path, groups: Sequence[Group]) -> None:
         "reward": [0.0 if score is None else score.reward for score in scores],
         "correct": [score is not None and score.correct for score in scores],
     }
-    arrays = {name: np.asarray(column, dtype=ARRAYS[name][0]) for name, column in columns.items()}
+    arrays: dict[str, Any] = {name: np.asarray(column, dtype=ARRAYS[name][0]) for name, column in columns.items()}
     write_state(folder, arrays | {"prompt_ids": [group.prompt_id for group in groups], "finish_reasons": reasons})
 
 

@@ -28,16 +28,18 @@ class Guard:
             stdin=subprocess.PIPE,  # closes when this process dies
             start_new_session=True,  # out of reach of Ctrl-C
         )
+        assert self._process.stdin is not None
+        self._stdin = self._process.stdin
 
     def follow(self, pids: Iterable[int]) -> None:
-        self._process.stdin.write(" ".join(map(str, pids)).encode() + b"\n")
-        self._process.stdin.flush()
+        self._stdin.write(" ".join(map(str, pids)).encode() + b"\n")
+        self._stdin.flush()
 
     def __enter__(self) -> Guard:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._process.stdin.close()
+        self._stdin.close()
         self._process.wait()
 
 

@@ -24,11 +24,12 @@ from dpsrl.data.prompts import PromptSet
 from dpsrl.early import EarlyTraining
 from dpsrl.evaluate import Benchmarks
 from dpsrl.groups import TRAINING, GroupStream
+from dpsrl.installed import check_installed
 from dpsrl.metrics import GroupLog, Metrics
 from dpsrl.own import is_own
 from dpsrl.pools import ControllerHandle, RolloutPool, TrainerPool, transfer_backend
 from dpsrl.prior import Prior, read_prior
-from dpsrl.resources import check_here, resource_plan
+from dpsrl.resources import check_here, resource_plan, shortfalls
 from dpsrl.responses import ResponseLog
 from dpsrl.resume import Driver, check_same_run, choose_checkpoint, read_driver
 from dpsrl.rewards import Scorer, check_function, try_function
@@ -110,6 +111,7 @@ class Checked:
 def preflight(config: Config) -> Checked:
     """Everything that can be checked before a process starts; UserError on the first fault."""
     started = time.monotonic()
+    check_installed()
     if not config.cluster.address:
         check_here(resource_plan(config))
     folder = RunFolder(run_path(config))
@@ -153,6 +155,15 @@ def check_loss(config: Config) -> None:
         load_loss(config.algo.loss)
 
 
+def dry_run(config: Config) -> list[str]:
+    """What a run would do and need. Where something is missing here, it prints what it can and raises UserError."""
+    if not (short := shortfalls(config)):
+        return opening_lines(config, preflight(config))
+    print("\n".join(batch_arithmetic(config)), flush=True)
+    numbered = "; ".join(f"({number}) {sentence}" for number, sentence in enumerate(short, 1))
+    raise UserError(f"the run cannot start here. {numbered}" if len(short) > 1 else short[0])
+
+
 def run_path(config: Config) -> Path:
     """run.dir; without it a new folder of the run's name and the time, or with resume=auto the last unfinished one."""
     if config.run.dir:
@@ -164,17 +175,18 @@ def run_path(config: Config) -> Path:
     return Path(f"runs/{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
-def batch_arithmetic(config: Config, prompts: PromptSet) -> list[str]:
-    """What a step does in numbers, and what it needs."""
+def batch_arithmetic(config: Config, num_prompts: int = 0) -> list[str]:
+    """What a step does in numbers, and what it needs. num_prompts: 0 where it is not known."""
     batch, rollouts, updates = config.train.batch, config.rollout.num_rollouts, config.train.num_updates
     sequences = batch * rollouts
     return [
-        f"{len(prompts):,} prompts; a step selects {batch}, x {rollouts} rollouts = {sequences:,} sequences",
+        f"{f'{num_prompts:,} prompts; ' if num_prompts else ''}a step selects {batch}, x {rollouts} rollouts = "
+        f"{sequences:,} sequences",
         f"{updates} update{'s' * (updates > 1)} per step of {sequences // updates:,} sequences, "
         f"{sequences // updates / config.trainer.num_workers:,.0f} per trainer rank, "
         f"at most {config.trainer.micro_batch_tokens:,} tokens per micro-batch",
-        f"{config.train.steps} steps = {config.train.steps * sequences:,} rollouts, "
-        f"{config.train.steps * batch / len(prompts):.2f} selections per prompt",
+        f"{config.train.steps} steps = {config.train.steps * sequences:,} rollouts"
+        + (f", {config.train.steps * batch / num_prompts:.2f} selections per prompt" if num_prompts else ""),
         f"resources: {resource_plan(config).words}; weights travel by {transfer_backend(config)}",
     ]
 
@@ -192,7 +204,7 @@ def opening_lines(config: Config, checked: Checked) -> list[str]:
     """What was read, and what will be done with it."""
     sources = (checked.prompts, *checked.benchmarks.prompts.values())
     read = [line for source in sources for line in source.report.sentences()]
-    return [*read, *batch_arithmetic(config, checked.prompts), *checked.remarks]
+    return [*read, *batch_arithmetic(config, len(checked.prompts)), *checked.remarks]
 
 
 def open_run(config: Config, checked: Checked, stack: ExitStack) -> Screen:

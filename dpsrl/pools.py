@@ -60,7 +60,7 @@ class ControllerHandle:
     def trained(self) -> list[int]:
         return self._call(self.actor.trained)
 
-    def anchor(self, ids: list[int], num_solved: list[int], num_rollouts: list[int]) -> None:
+    def anchor(self, ids: Any, num_solved: Any, num_rollouts: Any) -> None:
         self._call(self.actor.anchor, ids, num_solved, num_rollouts)
 
     def warm_start(self, state: dict[str, Any]) -> int:

@@ -1,4 +1,4 @@
-"""What a run needs, what the machines have, and the difference in words. Pure: knows neither Ray nor CUDA.
+"""What a run needs, what the machines have, and the difference in words. Knows neither Ray nor CUDA.
 
 A bundle is what one process, or two that take turns on a GPU, must find on one machine.
 """
@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from dpsrl.config import Config
+from dpsrl.checkpoint import check_model_folder
+from dpsrl.config import PACKAGE_DIR, Config, load_config
+from dpsrl.data.datasets import SUFFIXES, find_benchmark
 from dpsrl.types import UserError
 
 Amounts = dict[str, int]  # "GPU" and "CPU"
@@ -70,6 +74,63 @@ def num_local_gpus() -> int:
 def check_here(plan: Plan) -> None:
     """Of this machine only GPUs can be short: threads that are more than its cores are slow, not impossible."""
     check_resources(plan, [{"GPU": num_local_gpus(), "CPU": plan.total["CPU"]}])
+
+
+def needs_here(arguments: list[str]) -> dict[str, Any]:
+    """What `dpsrl.train` would need with these arguments, for the doctor.
+
+    `device`, `needs` in words and `short`, a list of sentences; or `refused` alone, the sentence it would end with.
+    """
+    try:
+        config = load_config(arguments)
+        plan = resource_plan(config)
+    except UserError as error:
+        return {"refused": str(error)}
+    model = config.model.path.replace(f"{PACKAGE_DIR}/", "")
+    needs = f"{plan.words}; model {model}; data {config.data.train}"
+    return {"device": config.cluster.device, "needs": needs, "short": shortfalls(config)}
+
+
+def shortfalls(config: Config) -> list[str]:
+    """What a run needs and this machine has not, a sentence each: GPUs, the model, files of data."""
+    checks: list[Callable[[Config], None]] = [_check_model, _check_data]
+    if not config.cluster.address:
+        checks.insert(0, lambda config: check_here(resource_plan(config)))
+    short = []
+    for check in checks:
+        try:
+            check(config)
+        except UserError as error:
+            short.append(str(error))
+    return short
+
+
+def _check_model(config: Config) -> None:
+    path = config.model.path
+    check_model_folder(path)
+    home = os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface")
+    cache = Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub")
+    kept = os.path.exists(path) or (cache / f"models--{path.replace('/', '--')}").is_dir()
+    if not kept and os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise UserError(
+            f"model.path={path} is not in {cache}, and HF_HUB_OFFLINE is set: unset it, or give the folder of a model"
+        )
+
+
+def _check_data(config: Config) -> None:
+    data, missing = config.data, []
+    if Path(data.train).suffix in SUFFIXES and not os.path.isfile(data.train):
+        missing.append(data.train)
+    for name in config.eval.benchmarks:
+        if name != "train" and not name.startswith("countdown"):
+            try:
+                find_benchmark(name, data.eval_dir)
+            except UserError:
+                missing.append(f"{data.eval_dir or '.'}/{name}.jsonl")
+    if missing:
+        script = Path(f"recipes/{config.run.name}/prepare_data.py")
+        written = f"{script} writes them, " if (PACKAGE_DIR.parent / script).is_file() else ""
+        raise UserError(f"{', '.join(missing)} missing: {written}or set data.train, data.eval_dir and eval.benchmarks")
 
 
 def check_resources(plan: Plan, machines: Sequence[Amounts], where: str = "this machine") -> None:

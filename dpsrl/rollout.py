@@ -174,7 +174,7 @@ def _device_options(config: Config) -> dict:
             # vLLM takes back what a chunked prompt drew from a request's generator; a CPU generator cannot.
             "enable_chunked_prefill": False,
         }
-    options = {
+    options: dict[str, Any] = {
         "enforce_eager": config.rollout.enforce_eager,
         "enable_sleep_mode": config.cluster.placement == "colocate",
         "gpu_memory_utilization": config.rollout.gpu_memory_share,

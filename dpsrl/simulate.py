@@ -114,6 +114,7 @@ class Clairvoyant:
     def __init__(self, batch: int, num_rollouts: int) -> None:
         self.batch, self.num_rollouts = batch, num_rollouts
         self.touched: set[int] = set()
+        self.chance_N = np.zeros(0)
 
     def select(self) -> list[tuple[int, float]]:
         best = np.argpartition(-self.chance_N, self.batch)[: self.batch] if self.batch < self.chance_N.size else None
@@ -143,7 +144,7 @@ def simulate(world_name: str, method: str, seed: int, plan: Plan) -> Result:
     for step in range(steps):
         rate_N, version = past[0], max(0, step - plan.lag)
         errors_random.append(judge_predictions(controller, rate_N, judge, n))
-        mixed, rows_of_step = [], []
+        mixed_of_round, rows_of_step = [], []
         seconds -= time.perf_counter()
         selected = controller.select()
         while selected:
@@ -151,13 +152,13 @@ def simulate(world_name: str, method: str, seed: int, plan: Plan) -> Result:
             solved = outcomes.binomial(n, rate_N[rows])
             is_mixed = (solved > 0) & (solved < n)
             errors_selected.append(np.mean((np.array([chance for _, chance in selected]) - is_mixed) ** 2))
-            mixed.append(is_mixed)
+            mixed_of_round.append(is_mixed)
             rows_of_step.append(rows)
             controller.admit([Outcome(int(r), int(m), n, version) for r, m in zip(rows, solved, strict=True)])
             selected = controller.refill()
         controller.observe()
         seconds += time.perf_counter()
-        mixed = np.concatenate(mixed) if mixed else np.zeros(0, dtype=bool)
+        mixed = np.concatenate([np.zeros(0, dtype=bool), *mixed_of_round])
         mixed_T.append(float(mixed.mean()) if mixed.size else 0.0)
         num_groups += mixed.size
         trained = np.concatenate(rows_of_step)[mixed] if mixed.size else np.zeros(0, dtype=np.int64)

@@ -30,7 +30,7 @@ from dpsrl.config import Config, help_text, load_config
 from dpsrl.controller import Outcome
 from dpsrl.early import EarlyTraining
 from dpsrl.evaluate import exit_code
-from dpsrl.launch import Checked, Run, ask, launch, open_run, opening_lines, preflight
+from dpsrl.launch import Checked, Run, ask, dry_run, launch, open_run, preflight
 from dpsrl.metrics import read_events, read_lines, summarize, write_summary
 from dpsrl.report import write_report
 from dpsrl.resume import about_run
@@ -196,8 +196,8 @@ def begin_update(run: Run, batch: list[Group], step: int) -> Any:
     if run.early:
         training, updates, run.early = run.early.finish(), run.early.updates, None
     else:
-        groups = shuffled(batch, config.seed, step)
-        groups = train_groups(groups, config, reference_kl(run, groups))
+        in_order = shuffled(batch, config.seed, step)
+        groups = train_groups(in_order, config, reference_kl(run, in_order))
         enough = len(groups) >= config.train.num_updates
         updates = lay_out_step(groups, config) if enough else []
         training = run.trainers.begin(updates) if enough else None
@@ -276,6 +276,7 @@ def save(run: Run, score: float | None) -> None:
         run.trainers.save_model(folder)
         run.checked.tokenizer.save_pretrained(folder)
 
+    record = run.metrics.so_far(run.driver.step)
     parts = {
         "model": write_model,
         "trainer": run.trainers.save_state,
@@ -283,7 +284,6 @@ def save(run: Run, score: float | None) -> None:
         "driver": lambda folder: run.driver.write(folder, run.elapsed_s(), record),
     }
     about, keep = about_run(run.config, run.checked.prompts), run.config.checkpoint.keep
-    record = run.metrics.so_far(run.driver.step)
     run.screen.stage("saving")
     try:
         with run.metrics.timer("time/checkpoint_s"):
@@ -299,10 +299,10 @@ def save(run: Run, score: float | None) -> None:
 
 
 def run(config: Config) -> None:
-    checked = preflight(config)
     if config.dry_run:
-        print("\n".join(opening_lines(config, checked)))
+        print("\n".join(dry_run(config)))
         return
+    checked = preflight(config)
     with ExitStack() as stack:
         screen = open_run(config, checked, stack)
         summary = train_until_done(config, checked, screen)

@@ -39,7 +39,7 @@ class TrainerWorker:
         self.device = torch.device("cpu" if config.cluster.device == "cpu" else "cuda:0")
         self.num_threads = num_threads
         self.num_updates_done = 0
-        self.sender = None
+        self.sender: Any = None
         self.reference: Any = None
         self.loss = load_loss(config.algo.loss) if is_own(config.algo.loss) else config.algo.loss
         self._sums: dict[str, float] = {}  # of the step under way: weighted sums over this rank's tokens
@@ -233,7 +233,7 @@ class TrainerWorker:
 
     def reference_log_ratios(self, micro_batches: list[MicroBatch]) -> dict[int, float]:
         """For each rollout of this rank the sum over its tokens of log p_engine - log p_reference, by its id."""
-        ratios = {}
+        ratios: dict[int, float] = {}
         for micro in micro_batches:
             difference_L = self._tensor(micro.rollout_L) - self._reference_logprobs(micro)
             rows = Rows(self._tensor(micro.row_L), micro.row_lengths_S.size)
@@ -288,7 +288,8 @@ class TrainerWorker:
         self.sender.send(policy_version, canary)
         logprobs = None if canary is None else self.logprobs(canary)
         share_cores(False, self.num_threads)
-        return Sent(*self.sender.wait(), logprobs)
+        failures, answers = self.sender.wait()
+        return Sent(failures, answers, logprobs)
 
     def checksums(self) -> dict[str, str]:
         """Of every tensor as it is sent; rank 0's count. Called on every rank (ZeRO-3)."""

@@ -130,7 +130,8 @@ def _tensors(engine: Any, part: Part) -> dict[str, Tensor]:
 
 def _write(folder: Path, rank: int, num_ranks: int, pieces: Iterator[tuple[str, Tensor]]) -> int:
     """How many files it took."""
-    num_files, waiting, num_bytes = 0, {}, 0
+    num_files, num_bytes = 0, 0
+    waiting: dict[str, Tensor] = {}
 
     def write() -> None:
         nonlocal num_files, waiting, num_bytes

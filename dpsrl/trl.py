@@ -59,7 +59,8 @@ def select_prompts(
         def on_save(self, args, state, control, **kwargs):
             if state.is_world_process_zero:
                 folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-                np.savez(folder / STATE_FILE, **sampler.state_dict())
+                arrays: dict[str, Any] = sampler.state_dict()
+                np.savez(folder / STATE_FILE, **arrays)
 
     calculate_rewards, load_checkpoint = trainer._calculate_rewards, trainer._load_from_checkpoint
 

@@ -102,7 +102,7 @@ def checkpoint_shapes(model_path: str) -> dict[str, tuple[int, ...]]:
     folder = Path(model_path)
     if not folder.is_dir():
         folder = Path(snapshot_download(model_path, allow_patterns="*.safetensors", local_files_only=True))
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
@@ -304,7 +304,7 @@ class SharedMemoryTrainerEngine(TrainerWeightTransferEngine[SharedMemoryTrainerI
         init_info: SharedMemoryTrainerInitInfo,
         *,
         client: VLLMWeightSyncClient,
-        source: WeightSource | None = None,
+        source: Any = None,  # a WeightSource; ends that only receive need none
     ) -> Self:
         engine = cls(client=client, source=source, is_sender=init_info.is_sender)
         engine.bucket_bytes = init_info.bucket_bytes
@@ -344,7 +344,7 @@ class SharedMemoryTrainerEngine(TrainerWeightTransferEngine[SharedMemoryTrainerI
         self.client.update_from(file, asdict(info))
 
 
-def _memory_file() -> BinaryIO:
+def _memory_file() -> Any:
     """A file in memory that is gone with the process that made it, however that ends."""
     if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create("dpsrl-weights"), "wb")

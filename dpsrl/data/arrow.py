@@ -62,14 +62,15 @@ class ArrowRows(Sequence[Row]):
     def __len__(self) -> int:
         return self._places.size
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> Row:  # type: ignore[override]  # no slices
         place = int(self._places[index])
         try:
             values = self._store.values(place)
         except Damaged as error:
             raise UserError(_copy_damaged(self.path)) from error
         problem, answer = (values[column] for column in self._columns)
-        return row_of(problem, answer, place + 1)
+        row: Any = row_of(problem, answer, place + 1)  # a Row: those that are none have no place
+        return row
 
     def batches(self) -> Iterator[tuple[list[str], list[Any]]]:
         """Every problem and answer, batch by batch."""
@@ -82,7 +83,8 @@ class ArrowRows(Sequence[Row]):
                     batch = batch.take(pyarrow.array(mine))
                 problems, answers = (batch.column(column).to_pylist() for column in self._columns)
                 if not _is_text(batch.column(self._columns[1]).type):
-                    answers = [row_of("a problem", answer, 0).answer for answer in answers]
+                    rows: list[Any] = [row_of("a problem", answer, 0) for answer in answers]
+                    answers = [row.answer for row in rows]
                 yield problems, answers
         except Damaged as error:
             raise UserError(_copy_damaged(self.path)) from error
@@ -194,7 +196,7 @@ def _open(path: Path) -> tuple[_Source, list[str]]:
     kind = "a Parquet file" if path.suffix == ".parquet" else "an Arrow file"
     try:
         if path.suffix == ".parquet":
-            source = _Parquet(path)
+            source: _Source = _Parquet(path)
         else:
             with path.open("rb") as file:
                 is_file = file.read(6) == b"ARROW1"

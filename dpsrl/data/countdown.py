@@ -158,7 +158,7 @@ def generate(
     """
     _check(num_prompts, numbers, max_number, max_target, operators, split, prompt_format)
     rng = random.Random(seed)
-    ranges = {"max_number": max_number, "max_target": max_target, "operators": operators}
+    ranges: dict[str, Any] = {"max_number": max_number, "max_target": max_target, "operators": operators}
     rows: list[dict[str, Any]] = []
     seen: set[tuple[int, ...]] = set()
     idle_draws = 0

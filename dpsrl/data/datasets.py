@@ -9,9 +9,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import socket
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +17,7 @@ from typing import Any
 from dpsrl.data.files import MAX_ROW_BYTES, TOO_LARGE, first_line, likely_kind
 from dpsrl.data.json_files import json_lines, json_list
 from dpsrl.data.own import own_rows
+from dpsrl.machine import answers
 from dpsrl.own import is_own
 from dpsrl.types import UserError
 
@@ -27,7 +25,6 @@ SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
 SHOWN_ROWS = 5
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(?::[\w.-]+)?")  # owner/name or owner/name:configuration
 FILE_SUFFIX = re.compile(r"\.(?:csv|tsv|txt|xlsx?|ya?ml|pkl|gz|bz2|xz|zip|zst|jsonl?|parquet)$", re.I)
-HUB_ANSWERS_WITHIN_S = 3.0
 SHOWN_COLUMNS = 20
 MAX_LEVELS = 32  # of lists and mappings inside an answer
 NO_ANSWER_TYPE = "with an answer that is neither text nor a number"
@@ -113,8 +110,9 @@ def load_rows(
     if path.suffix in (".parquet", ".arrow") and os.path.isfile(path):
         from dpsrl.data.arrow import ArrowRows
 
-        rows = ArrowRows(path, prompt_key, answer_key)
-        columns, report = rows.columns, rows.report
+        stored = ArrowRows(path, prompt_key, answer_key)
+        rows: Sequence[Row] = stored
+        columns, report = stored.columns, stored.report
     else:
         report = LoadReport(path.name if path.suffix in SUFFIXES else source)
         rows, columns = _rows_in_memory(source, split, prompt_key, answer_key, report)
@@ -226,7 +224,7 @@ def _hub_rows(source: str, split: str) -> Iterator[dict[str, Any]]:
     except ModuleNotFoundError as error:
         raise UserError(f"{source} needs the package datasets: install it, or give a local file") from error
     name, _, configuration = source.partition(":")
-    if not _hub_answers(datasets.config.HF_ENDPOINT):
+    if not answers(datasets.config.HF_ENDPOINT):
         datasets.config.HF_HUB_OFFLINE = True  # straight to its cache, instead of five retries over 23 s
     try:
         yield from datasets.load_dataset(name, configuration or None, split=split)
@@ -235,18 +233,6 @@ def _hub_rows(source: str, split: str) -> Iterator[dict[str, Any]]:
             f"{source} (split {split}) could not be read from the Hugging Face hub ({first_line(error)}): "
             "check the name, go online, or give a local file"
         ) from error
-
-
-def _hub_answers(endpoint: str) -> bool:
-    """Whether the hub can be connected to. Taken for granted behind a proxy, which alone would know."""
-    url = urllib.parse.urlsplit(endpoint)
-    if urllib.request.getproxies():
-        return True
-    try:
-        socket.create_connection((url.hostname, url.port or 443), timeout=HUB_ANSWERS_WITHIN_S).close()
-    except OSError:
-        return False
-    return True
 
 
 def find_benchmark(name: str, eval_dir: str) -> str:

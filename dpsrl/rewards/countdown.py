@@ -54,14 +54,15 @@ def score_with_format(response: str, answer: Mapping[str, Any] | str) -> Score:
 
 def read_answer(answer: Mapping[str, Any] | str) -> tuple[list[int], int]:
     """(numbers, target) of an answer record or its JSON text. Raises UserError if it is neither."""
-    record = answer
+    record: Any = answer
     if isinstance(answer, str):
         try:
             record = json.loads(answer)
         except json.JSONDecodeError:
             record = None
     if isinstance(record, Mapping):
-        numbers, target = record.get("numbers"), record.get("target")
+        numbers: Any = record.get("numbers")
+        target: Any = record.get("target")
         if isinstance(numbers, list | tuple) and numbers and all(_is_count(n) for n in (*numbers, target)):
             return [int(n) for n in numbers], int(target)
     raise UserError(

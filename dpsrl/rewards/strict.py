@@ -12,7 +12,7 @@ import re
 import sys
 from importlib.machinery import SourceFileLoader
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
-from types import CodeType, ModuleType
+from types import CodeType
 from typing import Any
 
 _EXHAUSTED = "(MemoryError, RecursionError, OverflowError)"
@@ -27,7 +27,8 @@ class _LetThrough(ast.NodeTransformer):
     def visit_Try(self, node: ast.Try) -> ast.Try:
         self.generic_visit(node)
         if any(isinstance(handler.type, ast.Name) and handler.type.id == "Exception" for handler in node.handlers):
-            node.handlers[:0] = ast.parse(_LET_THROUGH).body[0].handlers
+            let_through: Any = ast.parse(_LET_THROUGH).body[0]
+            node.handlers[:0] = let_through.handlers
         return node
 
 
@@ -37,10 +38,11 @@ class _Loader(SourceFileLoader):
         return compile(ast.fix_missing_locations(tree), self.path, "exec")
 
 
-def _load(name: str) -> ModuleType:
+def _load(name: str) -> Any:
     """A second copy of math_verify.<name>, under a name of its own."""
-    path, own_name = find_spec(f"math_verify.{name}").origin, f"math_verify._strict_{name}"
-    spec = spec_from_file_location(own_name, path, loader=_Loader(own_name, path))
+    original: Any = find_spec(f"math_verify.{name}")
+    path, own_name = original.origin, f"math_verify._strict_{name}"
+    spec: Any = spec_from_file_location(own_name, path, loader=_Loader(own_name, path))
     module = sys.modules[own_name] = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

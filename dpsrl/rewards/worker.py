@@ -60,7 +60,7 @@ def as_score(result: Any) -> Score | None:
     if isinstance(result, Score):
         reward, correct = result.reward, result.correct
     elif isinstance(result, bool | np.bool_):
-        reward, correct = float(result), result
+        reward, correct = float(result), bool(result)
     else:
         reward, correct = result, None
     if not isinstance(reward, numbers.Real):

@@ -99,7 +99,7 @@ def preset_of_own(method: str) -> tuple[dict[str, Any], dict[str, dict[str, type
     return preset, {"belief": BELIEFS | {method: belief}, "score": SCORES | scores, "pick": PICKS}
 
 
-def options_of(cls: type) -> set[str]:
+def options_of(cls: Any) -> set[str]:
     """The names of a piece's options: its keyword-only arguments."""
     if cls.__init__ is object.__init__:
         return set()
@@ -125,7 +125,7 @@ def check_options(
             raise UserError(f"selection option '{name}' has no effect with method '{method}' ({pieces}); remove it.")
 
 
-def check_fit(chosen: dict[str, str], classes: dict[str, type], pieces: dict[str, dict[str, type]]) -> None:
+def check_fit(chosen: dict[str, str], classes: dict[str, Any], pieces: dict[str, dict[str, type]]) -> None:
     """Refuses a score or pick with a belief that lacks what it reads."""
     belief, score, pick = classes["belief"], classes["score"], classes["pick"]
     needed = [("score", need, "belief", belief) for need in score.needs]

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from dpsrl.selection.beliefs import Belief
 from dpsrl.selection.options import check_number
 
 # Scores closer than this are a tie: their last bits tell the order of a summation, not evidence.
@@ -23,7 +22,7 @@ class Choices(NamedTuple):
     """What there is to choose from: E entries, of which the first stands for `num_fresh` prompts never touched."""
 
     score: Any  # a `scores.Score`
-    belief: Belief
+    belief: Any  # a `Belief`, with what `needs` names
     num_selected_E: np.ndarray
     blocked: np.ndarray  # entries that may not be taken
     num_fresh: int

@@ -7,7 +7,7 @@ of group are known, which is what a pick that draws pass rates from the belief r
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -54,7 +54,7 @@ class VarianceScore:
 
     needs = ("variance",)
 
-    def __call__(self, belief: Belief, num_selected_E: np.ndarray) -> np.ndarray:
+    def __call__(self, belief: Any, num_selected_E: np.ndarray) -> np.ndarray:
         return 4.0 * belief.variance()
 
     def of_rate(self, rate: np.ndarray, num_rollouts: int) -> np.ndarray:
@@ -72,7 +72,7 @@ class TargetScore:
     def __init__(self, *, target_rate: float = 0.5) -> None:
         self.target_rate = check_share("target_rate", target_rate)
 
-    def __call__(self, belief: Belief, num_selected_E: np.ndarray) -> np.ndarray:
+    def __call__(self, belief: Any, num_selected_E: np.ndarray) -> np.ndarray:
         return -((belief.rate() - self.target_rate) ** 2)
 
     def of_rate(self, rate: np.ndarray, num_rollouts: int) -> np.ndarray:
@@ -99,7 +99,7 @@ class Optimistic:
     def __init__(self, *, bonus: float = 1.2) -> None:
         self.bonus = check_number("bonus", bonus, lowest=0.0)
 
-    def __call__(self, belief: Belief, num_selected_E: np.ndarray) -> np.ndarray:
+    def __call__(self, belief: Any, num_selected_E: np.ndarray) -> np.ndarray:
         return belief.predict()[:, hmm.PARTIAL] + self.bonus * belief.spread()
 
 
@@ -111,7 +111,7 @@ class Resampled:
 
     needs = ("left_out",)
 
-    def __call__(self, belief: Belief, num_selected_E: np.ndarray) -> np.ndarray:
+    def __call__(self, belief: Any, num_selected_E: np.ndarray) -> np.ndarray:
         return -num_selected_E.astype(np.float64) - 1e9 * belief.left_out()
 
 
@@ -120,7 +120,7 @@ class LeastVisited:
 
     needs = ("visits",)
 
-    def __call__(self, belief: Belief, num_selected_E: np.ndarray) -> np.ndarray:
+    def __call__(self, belief: Any, num_selected_E: np.ndarray) -> np.ndarray:
         return -belief.visits().astype(np.float64)
 
 

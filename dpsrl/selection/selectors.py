@@ -56,7 +56,8 @@ class Selector:
         self._num_selected_E = np.zeros(num_prompts + 1, dtype=np.uint16)
         self._last_selected_E = np.zeros(num_prompts + 1, dtype=np.int32)
         self._generator = np.random.Generator(np.random.PCG64(seed))
-        self._table_NS: np.ndarray | None = None  # what `predict` gave last
+        self._table_NS: Any = None  # what `predict` gave last
+        self._table_references, self._table_fresh_S = 0, np.empty(0)
 
     @property
     def num_selected_N(self) -> np.ndarray:
@@ -101,7 +102,7 @@ class Selector:
         recent_E = self.clock - self._last_selected_E[used] <= self.rest
         return np.flatnonzero(recent_E & (self._num_selected_E[used] > 0))
 
-    def mark_selected(self, ids: np.ndarray) -> None:
+    def mark_selected(self, ids: Iterable[int]) -> None:
         """Counts rows that the caller chose by himself as selected now, as `select` counts its own."""
         entries = self._touch(self._rows(ids, "ids"))
         times_B = self._num_selected_E[entries]
@@ -152,7 +153,7 @@ class Selector:
         self.clock += 1
         self.belief.advance(self.clock)
 
-    def predict(self, ids: np.ndarray | None = None) -> np.ndarray:
+    def predict(self, ids: Iterable[int] | None = None) -> np.ndarray:
         """P(unsolved), P(partial), P(solved) of a group at the next step; float (N, 3), rows sum to 1, read-only.
 
         A third each where the method keeps no belief, as `uniform`. The table is kept, so that asking again costs
@@ -250,7 +251,7 @@ class Selector:
 
     def _shared_arrays(self) -> dict[str, np.ndarray]:
         """What is kept once, by its name in the state."""
-        own = {
+        own: dict[str, np.ndarray] = {
             "num_prompts": np.array(self.num_prompts),
             "clock": np.array(self.clock),
             "generator": generator_to_array(self._generator),
@@ -259,7 +260,7 @@ class Selector:
 
     def _entry_arrays(self) -> dict[str, np.ndarray]:
         """What is kept per entry, at full length, by its name in the state."""
-        own = {
+        own: dict[str, np.ndarray] = {
             "row": self._entries.row_E,
             "num_selected": self._num_selected_E,
             "last_selected": self._last_selected_E,

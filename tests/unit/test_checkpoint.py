@@ -84,6 +84,7 @@ def test_a_flipped_byte_is_found_wherever_it_lies(run):
     assert verify(folder).step == 2
 
 
+@pytest.mark.process
 def test_every_byte_of_the_manifest_counts(run):
     path = run.checkpoints / "step_2/manifest.json"
     raw = path.read_bytes()

@@ -50,6 +50,7 @@ def bits(group):
     )  # fmt: skip
 
 
+@pytest.mark.process
 @settings(max_examples=80, deadline=None)
 @given(groups=st.lists(GROUPS, max_size=4))
 def test_groups_come_back_to_the_bit(tmp_path_factory, groups):
@@ -110,6 +111,7 @@ def test_values_that_cannot_be_are_a_sentence(tmp_path, change, words):
         read_groups(tmp_path)
 
 
+@pytest.mark.process
 def test_random_damage_is_a_sentence_or_groups(tmp_path):
     """Values may be flipped unseen here, which the manifest's hashes are for; nothing else may come of it."""
     write_groups(tmp_path, [example(3), example(4)])

@@ -10,6 +10,8 @@ import pytest
 
 from dpsrl.guard import Guard, children, parents
 
+pytestmark = pytest.mark.process
+
 # The other one starts a third, in a session of its own and with its name and environment rewritten, as Ray's do.
 STARTS_OTHERS = """
 import os, subprocess, sys, time

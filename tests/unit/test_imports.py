@@ -1,5 +1,6 @@
-"""Imports point down only: what is light stays light, each module in a fresh interpreter."""
+"""Imports point down only: what is light stays light, each module in an interpreter that has loaded none of dpsrl."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 import dpsrl
 
+pytestmark = pytest.mark.process
 ROOT = Path(dpsrl.__file__).parent
 HEAVY = ("ray", "vllm", "deepspeed")
 # The upper layers, which exist to drive these; everything else, however new, is held to the rule.
@@ -16,6 +18,26 @@ UPPER = {
     "evaluate",
 }  # fmt: skip
 WITH_TORCH = {"algo.losses", "policy", "engine_weights", "trainer_state", "sampler", "trl"}
+DOCTOR = ("doctor", "findings", "installed", "machine")
+NO_CONFIG = ("selection", "controller", "algo.advantages", "algo.packing")
+# One interpreter loads what a module may load in any case, and gives each module a copy of itself.
+CODE = """
+import importlib, json, os, sys
+for allowed in sys.argv[1].split():
+    importlib.import_module(allowed)
+loaded = {}
+for name in sys.argv[2:]:
+    read, write = os.pipe()
+    if os.fork() == 0:
+        importlib.import_module(name)
+        os.write(write, " ".join({module.split(".")[0] for module in sys.modules}).encode())
+        os._exit(0)
+    os.close(write)
+    with open(read) as names:
+        loaded[name] = names.read().split()
+    assert os.wait()[1] == 0, name
+print(json.dumps(loaded))
+"""
 
 
 def modules():
@@ -26,23 +48,44 @@ def modules():
             yield name
 
 
-def loaded_by(module):
-    """Top-level names in sys.modules after importing `module` alone."""
-    code = f"import sys, {module}; print(*{{name.split('.')[0] for name in sys.modules}})"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent)
-    assert result.returncode == 0, result.stderr
-    return set(result.stdout.split())
+def loaded_by(names, allowed=""):
+    """Top-level names in sys.modules after importing each module alone, after those that are allowed."""
+    paths = [f"dpsrl.{name}".rstrip(".") for name in names]
+    command = [sys.executable, "-c", CODE, allowed, *paths]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT.parent)
+    assert done.returncode == 0, done.stderr
+    return {name: set(loaded) for name, loaded in zip(names, json.loads(done.stdout).values(), strict=True)}
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    others = [name for name in modules() if name not in WITH_TORCH and name not in NO_CONFIG]
+    return (
+        loaded_by(NO_CONFIG, "numpy")
+        | loaded_by(others, "numpy hydra omegaconf rich.console pyarrow")
+        | loaded_by(sorted(WITH_TORCH), "torch omegaconf")
+    )
 
 
 @pytest.mark.parametrize("name", list(modules()))
-def test_a_low_module_loads_nothing_heavy(name):
+def test_a_low_module_loads_nothing_heavy(loaded, name):
     unwanted = set(HEAVY) if name in WITH_TORCH else {*HEAVY, "torch", "transformers"}
-    assert loaded_by(f"dpsrl.{name}".rstrip(".")) & unwanted == set()
+    assert loaded[name] & unwanted == set()
 
 
-def test_selection_needs_numpy_alone():
+@pytest.mark.parametrize("name", NO_CONFIG)
+def test_the_maths_needs_no_configuration(loaded, name):
+    assert loaded[name] & {"hydra", "omegaconf"} == set()
+
+
+def test_selection_needs_numpy_alone(loaded):
     """So that it can be used inside other trainers."""
-    assert loaded_by("dpsrl.selection") & {"hydra", "omegaconf", "rich", "matplotlib", "scipy", "pyarrow"} == set()
+    assert loaded["selection"] & {"hydra", "omegaconf", "rich", "matplotlib", "scipy", "pyarrow"} == set()
+
+
+def test_the_doctor_needs_nothing():
+    light = {name for names in loaded_by(DOCTOR).values() for name in names}
+    assert light - {"dpsrl", "__main__"} <= set(sys.stdlib_module_names) | {"sitecustomize", "_distutils_hack"}
 
 
 def test_every_excused_module_exists():

@@ -10,6 +10,8 @@ import pytest
 from dpsrl import plots
 from dpsrl.metrics import KEYS, PHASES
 
+pytestmark = pytest.mark.process
+
 
 def run_of(num_steps, eval_every=20, **extra):
     """Records of a run in which every figure has something to show."""

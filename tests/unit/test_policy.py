@@ -1,5 +1,7 @@
 """The packed policy against transformers run on one rollout at a time: logprobs, entropies and gradients."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,8 @@ from dpsrl.algo.losses import Rows, policy_loss, rollout_correction
 from dpsrl.algo.packing import dummy, lay_out
 from dpsrl.policy import attention_blocks, check_architecture, head_logprobs, load_policy, packed_batch
 from dpsrl.types import TrainGroup, UserError
+
+pytestmark = pytest.mark.process
 
 VOCAB, TEMPERATURE = 37, 0.8
 SHAPE = {
@@ -43,6 +47,7 @@ GROUPS = groups()
 TOTAL = sum(r.size for g in GROUPS for r in g.responses)
 
 
+@functools.cache
 def reference_gradient(folder: str) -> dict[str, torch.Tensor]:
     """One rollout and one token at a time, as DAPO eq. 8 is written, with truncated importance weights."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)

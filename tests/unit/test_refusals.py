@@ -8,6 +8,8 @@ import pytest
 from dpsrl import evaluate, train
 from dpsrl.config import PACKAGE_DIR
 
+pytestmark = pytest.mark.process
+
 TINY = PACKAGE_DIR / "assets/tiny"
 
 

@@ -12,6 +12,8 @@ from dpsrl import report
 from dpsrl.metrics import read_lines, summarize, write_summary
 from tests import made_run
 
+pytestmark = pytest.mark.process
+
 
 def make_run(folder, num_steps=5, finished=True):
     folder.mkdir()

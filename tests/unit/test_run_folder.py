@@ -18,6 +18,8 @@ from dpsrl.checkpoint import CheckpointError, read_state, verify, write_state
 from dpsrl.run_folder import RunFolder
 from dpsrl.types import UserError
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(dpsrl.__file__).parents[1]
 
 

@@ -12,6 +12,8 @@ import dpsrl
 from dpsrl.run_folder import RunFolder
 from dpsrl.types import UserError
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture
 def run(tmp_path):

@@ -10,6 +10,8 @@ import pytest
 
 from dpsrl.screen import Screen, duration, result_rows, rollout_rows, time_rows
 
+pytestmark = pytest.mark.process
+
 SUMMARY = {
     "steps": 80,
     "num_rollouts": 20480,

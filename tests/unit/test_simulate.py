@@ -9,6 +9,8 @@ from dpsrl.simulate import Plan, find_world, main, paired_interval, parse, simul
 from dpsrl.types import UserError
 from dpsrl.worlds import WORLDS, World, chance_mixed, rate_of
 
+pytestmark = pytest.mark.process
+
 TINY = World(200, 30, ((0.7, -4.0, 1.0), (0.3, 0.0, 1.0)))
 SMALL = dict(batch=16, seeds=2)
 

@@ -12,6 +12,8 @@ import dpsrl
 from dpsrl.data.countdown import TINY_TASK, generate
 from dpsrl.rewards.countdown import score
 
+pytestmark = pytest.mark.process
+
 FOLDER = Path(dpsrl.__file__).parent / "assets" / "tiny"
 NUM_ROLLOUTS = 8
 

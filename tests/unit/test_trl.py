@@ -1,9 +1,12 @@
+import pytest
 import torch
 
 from dpsrl.sampler import PromptSampler
 from dpsrl.selection import build_selector
 from dpsrl.selection.outcomes import OutcomeRule
 from dpsrl.trl import report_rewards
+
+pytestmark = pytest.mark.process
 
 
 def test_rewards_become_counts_and_missing_ones_leave_both():

@@ -6,7 +6,11 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from dpsrl.watchdog import EXIT_CODE, Watchdog
+
+pytestmark = pytest.mark.process
 
 HANGS = """
 import time

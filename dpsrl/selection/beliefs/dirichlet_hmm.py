@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -173,7 +174,7 @@ def transition_counts(prior_alpha: str | float | Sequence[Sequence[float]]) -> n
             f"selection option 'prior_alpha' is {prior_alpha!r}; "
             f"use one of {', '.join(ALPHA_PRESETS)}, a positive number, or 3 x 3 numbers."
         )
-    value = ALPHA_PRESETS[prior_alpha] if isinstance(prior_alpha, str) else prior_alpha
+    value: Any = ALPHA_PRESETS[prior_alpha] if isinstance(prior_alpha, str) else prior_alpha
     if is_number(value):
         value = np.full((hmm.NUM_STATES, hmm.NUM_STATES), value)
     alpha_SS = as_floats("prior_alpha", value, (hmm.NUM_STATES, hmm.NUM_STATES))

@@ -66,6 +66,7 @@ class LogitWalk:
         self._weight_P = np.zeros(len(self._pairs_P2))
         self._age = np.zeros(1)
         self._table_MD5 = outcome_table(num_rollouts)
+        self._outcome_E5: np.ndarray | None = None
         self._refresh()
 
     def grow(self, num_entries: int) -> None:

@@ -87,6 +87,7 @@ shapes = st.lists(
 )
 
 
+@pytest.mark.process
 @settings(max_examples=80, deadline=None)
 @given(shapes, st.integers(1, 5), st.integers(1, 4), st.integers(1, 300), st.sampled_from(AGGREGATIONS))
 def test_every_layout_holds_every_token_once(shapes, num_ranks, num_updates, max_tokens, aggregation):

@@ -16,6 +16,8 @@ from dpsrl.data.datasets import load_rows
 from dpsrl.data.store import write_rows
 from dpsrl.types import UserError
 
+pytestmark = pytest.mark.process
+
 FEW = [{"problem": "One?", "answer": "1"}, {"problem": None, "answer": "1"}, {"problem": "Two?", "answer": "2"},
        {"problem": "Three?", "answer": None}, {"problem": "Four?", "answer": "4"}]  # fmt: skip
 

@@ -9,6 +9,8 @@ import pytest
 from dpsrl.data.countdown import Instance, generate, paper_prompt, short_prompt
 from dpsrl.types import UserError
 
+pytestmark = pytest.mark.process
+
 TINY = {"max_number": 20, "max_target": 100, "prompt_format": "short"}
 
 

@@ -149,7 +149,7 @@ def test_hub_rows_go_through_the_same_reader(monkeypatch):
         return [*GOOD, {"problem": "a?", "answer": None}]
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    monkeypatch.setattr("dpsrl.data.datasets._hub_answers", lambda endpoint: True)
+    monkeypatch.setattr("dpsrl.data.datasets.answers", lambda endpoint: True)
     rows, report = load_rows("owner/name.v1:main", split="test")
     assert rows == ROWS and asked == [("owner/name.v1", "main", "test")]
     assert report.sentences()[0].startswith("owner/name.v1:main: 4 rows, 1 without an answer (row 4)")
@@ -163,7 +163,7 @@ def test_whatever_the_hub_library_raises_is_one_sentence(monkeypatch, fault):
         raise fault
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    monkeypatch.setattr("dpsrl.data.datasets._hub_answers", lambda endpoint: True)
+    monkeypatch.setattr("dpsrl.data.datasets.answers", lambda endpoint: True)
     with pytest.raises(UserError, match="owner/name .split train. could not be read") as error:
         load_rows("owner/name")
     assert "\n" not in str(error.value)
@@ -171,7 +171,7 @@ def test_whatever_the_hub_library_raises_is_one_sentence(monkeypatch, fault):
 
 def test_without_a_network_the_hub_is_one_sentence_at_once(monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("dpsrl.data.datasets._hub_answers", lambda endpoint: False)
+    monkeypatch.setattr("dpsrl.data.datasets.answers", lambda endpoint: False)
     with pytest.raises(UserError, match=r"no-such-owner/no-such-set \(split train\) could not") as error:
         load_rows("no-such-owner/no-such-set")
     assert "\n" not in str(error.value) and "go online" in str(error.value)

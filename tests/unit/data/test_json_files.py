@@ -45,6 +45,7 @@ JUNK = st.one_of(
 )  # fmt: skip
 
 
+@pytest.mark.process
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(junk=JUNK, where=st.floats(0, 1), num_lines=st.integers(1, 6), ends=st.booleans())
 def test_inserted_bytes_change_no_other_line(tmp_path, junk, where, num_lines, ends):
@@ -101,6 +102,7 @@ def test_a_large_row_is_dropped_by_its_number(tmp_path):
     assert rows == [Row("%s?", "2", 2)] and report.dropped == {"larger than 4 MiB": [1]}
 
 
+@pytest.mark.process
 def test_gigabytes_without_a_newline_fit_into_little_memory(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(LINE % b"1" + b"\n")
@@ -223,6 +225,7 @@ def test_a_file_that_grows_as_fast_as_it_is_read_has_an_end(tmp_path):
     assert seen == 1000
 
 
+@pytest.mark.process
 def test_a_writer_beside_the_reader_gives_all_of_the_rows_or_a_sentence(tmp_path):
     path = tmp_path / "a.jsonl"
     num_before = 3000

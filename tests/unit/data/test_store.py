@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from dpsrl.data import store
 from dpsrl.data.store import Damaged, StoredRows, write_rows
 
+pytestmark = pytest.mark.process
+
 SCHEMA = pyarrow.schema([("problem", pyarrow.string()), ("answer", pyarrow.list_(pyarrow.string()))])
 
 

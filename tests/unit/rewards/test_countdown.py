@@ -108,6 +108,7 @@ def test_format_reward_only_for_a_closed_wrong_answer():
     assert score_with_format("3*5", ANSWER) == WRONG
 
 
+@pytest.mark.process
 @given(st.lists(st.integers(1, 99), min_size=2, max_size=6), st.integers(0, 2**32))
 def test_agrees_with_pythons_arithmetic_on_generated_expressions(numbers, seed):
     """The generator writes plain Python; eval, used in tests only, is the independent truth."""
@@ -127,6 +128,7 @@ def test_agrees_with_python_on_expression_like_text(text):
         assert eval(plain) == pytest.approx(15)
 
 
+@pytest.mark.process
 @given(st.text())
 def test_any_text_is_wrong_not_an_error(text):
     assert score(text, ANSWER) in (RIGHT, WRONG)

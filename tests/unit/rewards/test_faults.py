@@ -14,6 +14,8 @@ import pytest
 from dpsrl.rewards import Score, Scorer, scorer
 from tests.unit.rewards.test_scorer import wait_until_dead
 
+pytestmark = pytest.mark.process
+
 REPOSITORY = Path(__file__).parents[3]
 
 FUNCTIONS = r"""

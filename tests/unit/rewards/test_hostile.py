@@ -17,6 +17,8 @@ from dpsrl.rewards.strict import names_only
 from dpsrl.rewards.worker import MEMORY_BYTES
 from tests.unit.rewards.hostile import _TOUCH, BOMBS, CANARY, REFERENCES, generated, hand_written
 
+pytestmark = pytest.mark.process
+
 REPOSITORY = Path(__file__).parents[3]
 
 HONEST = [

@@ -15,6 +15,8 @@ from dpsrl.rewards import Score, Scorer
 from dpsrl.rewards.worker import as_score
 from dpsrl.types import UserError
 
+pytestmark = pytest.mark.process
+
 REPOSITORY = Path(__file__).parents[3]
 
 HOSTILE = """

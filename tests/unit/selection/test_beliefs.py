@@ -100,6 +100,7 @@ def test_the_evidence_weight_raises_the_ceiling():
         assert belief.predict()[1, 1] == pytest.approx(n / (n + 2), abs=1e-9)
 
 
+@pytest.mark.process
 def test_the_compiled_kernel_equals_numpy():
     numba = pytest.importorskip("numba")
     from dpsrl.selection import hmm

@@ -73,6 +73,7 @@ def test_a_step_without_groups_still_moves_the_clock():
     assert selector.predict()[0, 1] < before
 
 
+@pytest.mark.process
 def test_ties_are_drawn_evenly_and_by_seed():
     draws = np.zeros(10)
     for seed in range(400):
@@ -369,6 +370,7 @@ def test_top_k_of_millions_equals_sorting_them():
         assert np.unique(picked).size == 256 and 0 not in picked
 
 
+@pytest.mark.process
 def test_gumbel_draws_follow_the_softmax():
     """First pick of scores 0, 0.1, 0.3 and two fresh prompts at 0.2: chances follow exp(score / T)."""
     score = np.array([0.2, 0.0, 0.1, 0.3])
