@@ -1,6 +1,6 @@
 # Everything works from a fresh clone: what needs .venv makes it first (scripts/install.sh).
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart simulate bench soak test check clean
+.PHONY: help install quickstart simulate bench soak docs test check clean
 
 PYTHON_BIN := .venv/bin/python
 # DeepSpeed and torch look for ninja on the PATH.
@@ -23,6 +23,9 @@ bench: install  ## Selection, full steps beside TRL, large data: a quarter of an
 
 soak: install  ## Hundreds of steps with random faults; ARGS="100" for fewer
 	@$(PYTHON_BIN) scripts/faults.py soak $(ARGS)
+
+docs: install  ## The guide as a web site, in build/site
+	@NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(PYTHON_BIN) -m mkdocs build --quiet
 
 test: install  ## Unit and integration tests; ARGS="-k name" goes to pytest
 	@$(PYTHON_BIN) -m pytest -m "not gpu and not slow" $(ARGS)
