@@ -13,7 +13,7 @@ from dpsrl.config import load_config
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "recipes").glob("*/README.md"))]
 PAGES = [page for page in PAGES if page.name not in ("log.md", "decisions.md")]
-PLACEHOLDERS = {"FILE.parquet": "prompts.parquet", "<run>": "quickstart-1", "NAME": "quickstart", "HOST:PORT": "head:6379"}
+PLACEHOLDERS = {"FILE.parquet": "x.parquet", "<run>": "quickstart-1", "NAME": "quickstart", "HOST:PORT": "head:6379"}
 
 
 def blocks(page, *languages):
