@@ -1,6 +1,6 @@
 # Everything works from a fresh clone: what needs .venv makes it first (scripts/install.sh).
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart simulate bench soak doctor test check docker docker-check clean
+.PHONY: help install quickstart simulate bench soak doctor docs test check docker docker-check clean
 
 PYTHON_BIN := .venv/bin/python
 # DeepSpeed and torch look for ninja on the PATH.
@@ -26,6 +26,9 @@ soak: install  ## Hundreds of steps with random faults; ARGS="100" for fewer
 
 doctor:  ## What this machine has and lacks, with the remedies; ARGS="+recipe=math" for another recipe
 	@if [ -x $(PYTHON_BIN) ]; then $(PYTHON_BIN) -m dpsrl.doctor $(ARGS); else python3 -m dpsrl.doctor $(ARGS); fi
+
+docs: install  ## The guide as a web site, in build/site
+	@NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(PYTHON_BIN) -m mkdocs build --quiet
 
 test: install  ## Unit and integration tests; ARGS="-k name" goes to pytest
 	@$(PYTHON_BIN) -m pytest -m "not gpu and not slow" $(ARGS)

@@ -1,17 +1,88 @@
-"""The programs in the guide run as they stand."""
+"""What README and guide tell people to type: every command is understood, every piece of Python runs or compiles."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-GUIDE = (Path(__file__).parents[2] / "docs/other_trainers.md").read_text()
-PROGRAMS = [block for block in re.findall(r"```python\n(.*?)```", GUIDE, re.S) if "GRPOTrainer" not in block]
+from dpsrl.config import load_config
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "recipes").glob("*/README.md"))]
+PAGES = [page for page in PAGES if page.name not in ("log.md", "decisions.md")]
+PLACEHOLDERS = {"FILE.parquet": "x.parquet", "<run>": "quickstart-1", "NAME": "quickstart", "HOST:PORT": "head:6379"}
+
+
+def blocks(page, *languages):
+    """Fenced blocks of these languages; "" is a block without one."""
+    found = re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", page.read_text(), flags=re.M | re.S)
+    return [text for language, text in found if language in languages]
+
+
+def commands(page):
+    """Command lines of the page's blocks, comments and continuation lines gone; what a program printed is left out."""
+    for text in blocks(page, "", "bash", "sh", "console"):
+        for line in text.replace("\\\n", " ").splitlines():
+            line = re.sub(r"\s+#.*$", "", line).strip().removeprefix("$ ")
+            if re.match(r"(make|python|\.venv/bin/python|[A-Z_]+=\S+ make) ", line + " "):
+                yield line
+
+
+pytestmark = pytest.mark.process
+
+ALL = [pytest.param(line, id=f"{page.relative_to(ROOT)}: {line[:60]}") for page in PAGES for line in commands(page)]
+
+
+def test_there_are_commands_to_check():
+    assert len(ALL) > 20
+
+
+@pytest.mark.parametrize("line", ALL)
+def test_a_command_is_understood(line):
+    for name, value in PLACEHOLDERS.items():
+        line = line.replace(name, value)
+    words = [word for word in shlex.split(line) if not re.fullmatch(r"[A-Z_]+=\S+", word)]
+    if words[0] == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M)
+        assert set(words[1:]) - {word for word in words if "=" in word} <= set(targets)
+        return
+    if words[1] != "-m":
+        assert (ROOT / words[1]).is_file()
+        return
+    module, arguments = words[2], words[3:]
+    if "--help" in arguments or "..." in arguments:
+        return
+    if module in ("dpsrl.train", "dpsrl.evaluate"):
+        load_config([word for word in arguments if word != "-m"], entry=module.removeprefix("dpsrl."))
+        return
+    done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    known = set(re.findall(r"--[a-z-]+|\b[a-z_]+(?==)", done.stdout))
+    given = {word.split("=")[0] for word in arguments if word.startswith("--")}
+    assert given <= known, done.stdout
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_in_the_pages_compiles(page):
+    for text in blocks(page, "python", "py"):
+        compile(text, str(page), "exec")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+GUIDE = ROOT / "docs/other_trainers.md"
+PROGRAMS = [text for text in blocks(GUIDE, "python") if "GRPOTrainer" not in text]
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=["loader", "numpy"])
-def test_a_program_of_the_guide(program):
-    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True)
+def test_a_program_of_the_guide_runs(program):
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
