@@ -50,7 +50,8 @@ def load_own(name: str, label: str) -> Any:
     if attribute not in vars(module):
         near = difflib.get_close_matches(attribute, vars(module), n=1)
         hint = f"did you mean '{near[0]}'" if near else "check the name"
-        raise UserError(f"{label}: there is no {attribute} in {module_name}; {hint}.")
+        place = vars(module).get("__file__", "a part of Python")
+        raise UserError(f"{label}: there is no {attribute} in {module_name} ({place}); {hint}.")
     return vars(module)[attribute]
 
 

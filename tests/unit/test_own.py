@@ -116,7 +116,7 @@ def test_what_counts_as_a_path():
         ("own_needy:f", "own_needy needs no_such_package, which is not installed"),
         ("own_broken:f", "failed on import with AttributeError: module 'numpy' has no attribute"),
         ("own_leaving:f", "failed on import with SystemExit: 3 (own_leaving.py, line 1)"),
-        ("own_module:rwos", "there is no rwos in own_module; did you mean 'rows'"),
+        ("own_module:rwos", "own_module.py); did you mean 'rows'"),
     ],
 )
 def test_what_cannot_be_found(name, words):
