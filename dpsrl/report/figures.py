@@ -271,7 +271,7 @@ def ledger(account: Mapping[str, Any] | None) -> Figure | None:
     axes.bar_label(bars, [f"{num:,} ({num / total:.1%})" for _, num in parts], padding=4, fontsize=8.5, color=INK)
     figure.set_figheight(1.2 + 0.42 * len(parts))
     axes.invert_yaxis()
-    axes.set_xlim(0, max(num for _, num in parts) * 1.32)
+    axes.set_xlim(0, max(num for _, num in parts) * 1.42)
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0)
     return figure
