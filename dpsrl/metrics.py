@@ -261,6 +261,9 @@ class Lines:
         self._file.close()
 
 
+MAX_STEP = 2**53  # what a float can count to
+
+
 def read_lines(path: Path) -> tuple[list[Record], int]:
     """The records of a JSON-lines file, and how many lines could not be read (a killed run cuts its last)."""
     records, num_unreadable = _read_all(path)
@@ -286,8 +289,8 @@ def each_line(path: Path) -> Iterator[Record | None]:
                 record = json.loads(line.decode(errors="replace"))
             except (ValueError, RecursionError):  # no JSON, numbers of thousands of digits, or nested without end
                 record = None
-            whole = isinstance(record, dict) and isinstance(record.get("step"), int)
-            yield record if whole else None
+            step = record.get("step") if isinstance(record, dict) else None
+            yield record if isinstance(step, int) and abs(step) <= MAX_STEP else None
 
 
 # --- the whole run ------------------------------------------------------------------------------------

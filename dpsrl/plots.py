@@ -318,7 +318,7 @@ def lay_out(figure: Figure) -> None:
     """Once, where matplotlib would do it twice for each file, which takes as long as drawing."""
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    ConstrainedLayoutEngine().execute(figure)
+    ConstrainedLayoutEngine(w_pad=0.1).execute(figure)
 
 
 def to_svg(figure: Figure, name: str = "figure") -> str:

@@ -1,6 +1,7 @@
 """Run folders made by a toy process in place of training: as long as one likes, in seconds, the same each time."""
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,8 @@ import numpy as np
 from dpsrl.metrics import summarize, write_summary
 
 ROLLOUTS = 8
+# 2,000 words that nobody knows, so that texts deflate as real ones do.
+WORDS = ["".join(random.Random(i).choices("aeioutnrslhd", k=2 + i % 9)) for i in range(2000)]
 
 
 def make_run(
@@ -69,14 +72,12 @@ def record_of(step, solved, predicted, last_N, visits_N, audited, trained):
 
 
 def kept_line(step, prompt, num_solved, words):
-    thought = f"prompt {prompt}: " + "so " * words
-    responses = [
-        {
-            "text": f"{thought} rollout {i}, step {step}", "reward": float(i < num_solved), "correct": i < num_solved,
-            "num_tokens": words, "finish_reason": "stop",
-        }
-        for i in range(ROLLOUTS)
-    ]  # fmt: skip
+    draw = random.Random(f"{step}/{prompt}")
+    responses = []
+    for i in range(ROLLOUTS):
+        text = f"prompt {prompt}: {' '.join(draw.choices(WORDS, k=words))}, rollout {i}, step {step}"
+        response = {"text": text, "reward": float(i < num_solved), "correct": i < num_solved, "num_tokens": words}
+        responses.append(response | {"finish_reason": "stop"})
     asked = {"prompt": f"Reach {prompt} with {prompt % 7} and {prompt % 11}.", "answer": str(prompt)}
     known = {"step": step, "prompt_id": f"{prompt:016x}"} | asked | {"policy_version": step - 1}
     return known | {"responses": responses}

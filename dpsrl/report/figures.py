@@ -14,6 +14,7 @@ from dpsrl.plots import (
     ORANGE,
     PINK,
     RED,
+    ROLLOUTS,
     SKY,
     STATES,
     STYLE,
@@ -258,9 +259,8 @@ def spent(known: Spending | None) -> Figure | None:
     return finish(figure, axes)
 
 
-def ledger(account: Mapping[str, Any] | None) -> Figure | None:
-    """Where every rollout went, from summary.json."""
-    parts = ledger_parts(account)
+def ledger(parts: Sequence[tuple[str, int]]) -> Figure | None:
+    """Where every rollout went: (where to, how many)."""
     total = sum(num for _, num in parts)
     if not total:
         return None
@@ -271,19 +271,28 @@ def ledger(account: Mapping[str, Any] | None) -> Figure | None:
     axes.bar_label(bars, [f"{num:,} ({num / total:.1%})" for _, num in parts], padding=4, fontsize=8.5, color=INK)
     figure.set_figheight(1.2 + 0.42 * len(parts))
     axes.invert_yaxis()
-    axes.set_xlim(0, max(num for _, num in parts) * 1.32)
+    axes.set_xlim(0, max(num for _, num in parts) * 1.42)
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0)
     return figure
 
 
+TRAINED = "rollout/num_trained"
 DROPPED_COLORS = (BLUE, SKY, ORANGE, RED, PINK, GREY, GREEN)
 
 
-def ledger_parts(account: Mapping[str, Any] | None) -> list[tuple[str, int]]:
-    """(where to, rollouts); empty where the account is none."""
+def ledger_parts(account: Any) -> list[tuple[str, int]]:
+    """(where to, how many) from the account in summary.json; empty where it is none."""
     if not isinstance(account, Mapping) or not isinstance(account.get("dropped"), Mapping):
         return []
     dropped = [(f"dropped: {reason}", num) for reason, num in account["dropped"].items()]
     parts = [("trained", account.get("trained")), ("carried", account.get("carried")), *dropped][:7]
-    return [(name, int(number(num, 0.0) or 0)) for name, num in parts]
+    return [(name, int(number(num, 0.0))) for name, num in parts]
+
+
+def ledger_so_far(records: Sequence[Record]) -> list[tuple[str, int]]:
+    """The same for a run that has no account yet, as far as its steps say."""
+    (generated, trained) = (
+        max((number(record.get(key), 0.0) for record in records), default=0.0) for key in (ROLLOUTS, TRAINED)
+    )
+    return [("trained", int(trained)), ("waiting or dropped", int(max(0.0, generated - trained)))]

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dpsrl.metrics import Record, read_events, read_lines, summarize
 from dpsrl.plots import number
 from dpsrl.report.explorer import Kept, read_kept
-from dpsrl.report.history import Calibration, History, calibration, read_history
+from dpsrl.report.history import MAX_COUNT, Calibration, History, calibration, read_history
 from dpsrl.report.spending import Spending, spending
 from dpsrl.run_folder import RunFolder
 from dpsrl.types import UserError
@@ -66,7 +66,7 @@ class Run:
         """Of the data set, as the last count of states has it."""
         for record in reversed(self.records):
             counts = [number(v) for k, v in record.items() if k.startswith("selection/occupancy/")]
-            if len(counts) == 4 and None not in counts:
+            if len(counts) == 4 and None not in counts and 0 < sum(counts) <= MAX_COUNT:
                 return int(sum(counts))
         return None
 
@@ -91,6 +91,7 @@ def load_run(run_dir: Path) -> Run:
             "give one that dpsrl.train made"
         )
     records, num_unreadable = read_lines(folder.metrics) if folder.metrics.exists() else ([], 0)
+    records = sound(records)
     history, kept = read_history(folder.groups), read_kept(folder.responses)
     notes = []
     for name, num in (
@@ -100,7 +101,7 @@ def load_run(run_dir: Path) -> Run:
             notes.append(f"Lines of {name}.jsonl that could not be read and are left out: {num:,}.")
     summary = read_summary(folder.summary)
     if summary is None:
-        summary = summarize(sound(records), policy_version=0, wall_s=time_so_far_s(records))
+        summary = summarize(records, policy_version=0, wall_s=time_so_far_s(records))
         last = f"after step {summary['steps']:,}" if records else "before its first step ended"
         notes.append(f"This run has no summary.json: it is under way, or stopped {last}.")
     events = read_events(folder.metrics) if folder.metrics.exists() else []

@@ -122,11 +122,10 @@ def spent(run: Run) -> Panel | None:
     if known is None or figure is None:
         return None
     mixed, generated = int(known.mixed_T[-1]), int(known.run_T[-1])
-    trained = next((int(r["rollout/num_trained"]) for r in reversed(run.records)
-                    if plots.number(r.get("rollout/num_trained")) is not None), None)  # fmt: skip
+    trained = dict(figures.ledger_so_far(run.records))["trained"]
     uniform, dynamic = float(known.uniform_T[-1]), float(known.dynamic_T[-1])
     rows = (
-        ("this run", f"{generated:,}", "-" if trained is None else f"{trained:,}", f"{generated / mixed:.1f}"),
+        ("this run", f"{generated:,}", f"{trained:,}" if trained else "-", f"{generated / mixed:.1f}"),
         ("uniform sampling (estimated)", f"{uniform:,.0f}", f"{uniform:,.0f}", f"{uniform / mixed:.1f}"),
         (
             "dynamic sampling (estimated)",
@@ -174,11 +173,10 @@ def why_not_estimated(run: Run) -> str:
 
 
 def ledger(run: Run) -> Panel | None:
-    account = run.summary.get("rollouts")
-    figure = figures.ledger(account)
+    parts = figures.ledger_parts(run.summary.get("rollouts")) or figures.ledger_so_far(run.records)
+    figure = figures.ledger(parts)
     if figure is None:
         return None
-    parts = figures.ledger_parts(account)
     total = sum(num for _, num in parts)
     rows = tuple((name, f"{num:,}", f"{num / total:.1%}") for name, num in parts)
     return Panel("ledger", figure, CAPTIONS["ledger"], ("rollouts", "number", "share"), rows)

@@ -155,6 +155,12 @@ def test_a_group_line_counts_scored_rollouts_only(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("line", [b"[" * 100_000, b"9" * 5000, b'{"step": ' + b"9" * 400 + b"}", b"\xff\0", b""])
+def test_a_line_of_any_bytes_is_one_unreadable_line(tmp_path, line):
+    (tmp_path / "x.jsonl").write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
+    assert read_lines(tmp_path / "x.jsonl") == ([{"step": 1}, {"step": 2}], 1)
+
+
 # --- reading and summing up ---------------------------------------------------------------------------
 
 

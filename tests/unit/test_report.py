@@ -186,7 +186,9 @@ HOSTILE = [
     b"1" * 5000, b'{"step": ' + b"9" * 5000 + b"}", b'{"step": 2, "rollout/reward": "x", "selection/coverage": [1]}',
     b'{"step": 3, "eval/a/b": {}, "</script><b>": 1, "time/step_s": 1e999, "selection/occupancy/unseen": "many"}',
     b'{"step": 4, "eval/x/avg@8": "high", "rollout/num_rollouts": -1e400}', b'{"step": true}', b'{"step": -5}',
-    b'{"step": 1, "event": ["<img src=x>"], "text": null}',
+    b'{"step": 1, "event": ["<img src=x>"], "text": null}', b'{"step": ' + b"9" * 400 + b"}",
+    b'{"step": 5, "time/train_s": "x", "time/select_ms": [], "time/eval_s": 1e299, "rollout/reward": -1e299}',
+    b'{"step": 6, "selection/audit_mixed_share": 7, "rollout/num_trained": {}, "selection/num_generated": 1e299}',
 ]  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from dpsrl.report.figures import apart
+from dpsrl.report.figures import apart, ledger_parts, ledger_so_far
 from dpsrl.report.history import calibration, flows, flows_over_time, read_history, wilson
 from dpsrl.report.spending import expected_rounds, spending
 
@@ -170,3 +170,17 @@ def test_labels_move_apart_as_little_as_needed():
     assert apart([0.5, 0.48, 0.1], 0.1, 0.0) == pytest.approx([0.5, 0.4, 0.1])
     assert apart([0.05, 0.04, 0.02], 0.1, 0.02) == pytest.approx([0.22, 0.12, 0.02])
     assert apart([], 0.1, 0.0) == []
+
+
+def test_the_ledger_is_the_account_and_else_what_the_steps_say():
+    account = {"generated": 100, "trained": 60, "carried": 8, "dropped": {"missing": 2, "not mixed": 30}, "holds": True}
+    parts = [("trained", 60), ("carried", 8), ("dropped: missing", 2), ("dropped: not mixed", 30)]
+    assert ledger_parts(account) == parts and sum(num for _, num in parts) == account["generated"]
+    for none in (None, [], {"trained": 1}, {"trained": 1, "dropped": [1]}):
+        assert ledger_parts(none) == []
+    records = [
+        {"step": 1, "rollout/num_rollouts": 64},
+        {"step": 2, "rollout/num_rollouts": 128, "rollout/num_trained": 96},
+    ]
+    assert ledger_so_far(records) == [("trained", 96), ("waiting or dropped", 32)]
+    assert ledger_so_far([]) == [("trained", 0), ("waiting or dropped", 0)]
