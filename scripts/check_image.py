@@ -74,7 +74,7 @@ def pip_settings(folder: Path) -> tuple[Path, list[str]]:
     listing = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
     ).stdout
-    lines, mounts = ["[global]"], set()
+    settings, mounts = {}, set()
     for line in listing.splitlines():
         name, _, value = line.partition("=")
         words = ast.literal_eval(value).split()
@@ -86,8 +86,9 @@ def pip_settings(folder: Path) -> tuple[Path, list[str]]:
             elif path.is_absolute() and path.is_dir():
                 path = path.parent if word.startswith("file://") else path  # an index refers to files beside it
                 mounts.add(f"--volume={path}:{path}:ro")
-        lines.append(f"{name.rpartition('.')[2]} = {' '.join(words)}")
-    (folder / "pip.conf").write_text("\n".join(lines) + "\n")
+        settings[name.rpartition(".")[2]] = " ".join(words)
+    lines = [f"{name} = {value}\n" for name, value in settings.items()]
+    (folder / "pip.conf").write_text("".join(["[global]\n", *lines]))
     return folder / "pip.conf", sorted(mounts)
 
 

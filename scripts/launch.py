@@ -24,11 +24,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from dpsrl import train
-from dpsrl.config import load_config
-from dpsrl.evaluate import exit_code
-from dpsrl.guard import Guard
-from dpsrl.types import UserError
+HAS_TOKEN = bool(os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"))
+os.environ |= {"RAY_USAGE_STATS_ENABLED": "0"} | ({"RAY_AUTH_MODE": "token"} if HAS_TOKEN else {})
+
+import ray  # noqa: E402  reads RAY_AUTH_MODE when it is imported
+
+from dpsrl import train  # noqa: E402
+from dpsrl.config import load_config  # noqa: E402
+from dpsrl.evaluate import exit_code  # noqa: E402
+from dpsrl.guard import Guard  # noqa: E402
+from dpsrl.types import UserError  # noqa: E402
 
 UNFINISHED = 75  # "temporary failure, try again" in sysexits.h
 GATHER_S = 600.0  # for all machines to be there, the image's download not included
@@ -115,12 +120,11 @@ def worker(arguments: list[str], environment: Mapping[str, str]) -> int:
 @contextmanager
 def ray_node(options: list[str], environment: Mapping[str, str], port: int) -> Iterator[subprocess.Popen]:
     """One Ray node for as long as the block lasts; whatever happens to this process, it is gone soon after."""
-    if not (environment.get("RAY_AUTH_TOKEN") or environment.get("RAY_AUTH_TOKEN_PATH")):
+    if not HAS_TOKEN:
         raise UserError(
             "Ray on several machines runs whatever code it is sent, and needs a token that they share: set "
             "RAY_AUTH_TOKEN_PATH to a file that all of them can read, or RAY_AUTH_TOKEN"
         )
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
     if cores := environment.get("SLURM_CPUS_ON_NODE"):  # Ray counts those of other jobs as well
         options = [*options, f"--num-cpus={cores}"]
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *options]
@@ -144,11 +148,12 @@ def _end(node: subprocess.Popen) -> None:
 
 def gather(host: str, port: int, num_nodes: int, node: subprocess.Popen) -> None:
     """Returns when that many machines are in the cluster; UserError with the number that came in time."""
-    import ray
-
     _wait_for_port(host, port, node)
     deadline, num_there = time.monotonic() + GATHER_S, 0
-    ray.init(address=f"{host}:{port}", log_to_driver=False, logging_level="ERROR")
+    try:
+        ray.init(address=f"{host}:{port}", log_to_driver=False, logging_level="ERROR")
+    except ConnectionError as error:
+        raise UserError(f"Ray started, but cannot be reached: {error}; is {host}:{port} another's?") from error
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(UNFINISHED))  # Ray has set one of its own
     while (num_there := sum(known["Alive"] for known in ray.nodes())) < num_nodes:
         if time.monotonic() > deadline:
