@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import textwrap
 from collections.abc import Callable
@@ -57,8 +58,9 @@ def examine(arguments: list[str], deadline_s: float = DEADLINE_S) -> list[Findin
     found += safely(lambda: [machine.hub(endpoint, cache), machine.wandb_login()])
     found += safely(lambda: machine.gpus(facts(tried, "torch"), installed.build()))
     found.append(Finding("packages", "dpsrl", OK, f"{__version__} in {Path(__file__).parent}"))
-    found += safely(lambda: installed.findings(wanted, tried)) or []
-    return found + recipe_findings(names, needs, arguments or ["+recipe=quickstart"])
+    found += safely(lambda: installed.findings(wanted, tried))
+    reached = not any(row.name == "torch on the GPU" and row.status != OK for row in found)
+    return found + recipe_findings(names, needs, arguments or ["+recipe=quickstart"], reached)
 
 
 def recipes() -> list[str]:
@@ -93,8 +95,8 @@ def wait_for(future: Future) -> Any:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
-def recipe_findings(names: list[list[str]], needs: Tried, decisive: list[str]) -> list[Finding]:
-    """A row for each recipe: what it needs, and what of it is short here."""
+def recipe_findings(names: list[list[str]], needs: Tried, decisive: list[str], reached: bool = True) -> list[Finding]:
+    """A row for each recipe: what it needs, and what of it is short here. reached: by torch, the GPUs there are."""
     if needs.fault:
         words = f"cannot be read: {needs.fault}"
         return [Finding("recipes", "recipes", MISSING, words, "install the packages that are missing first", True)]
@@ -108,6 +110,8 @@ def recipe_findings(names: list[list[str]], needs: Tried, decisive: list[str]) -
                 "engines on a CPU need vLLM's CPU build, and this is the GPU build: add cluster=gpu1, or "
                 "DPSRL_EXTRA=cpu make install"
             )
+        if need["device"] == "gpu" and not reached:
+            short.append("torch does not reach the GPUs, see there")
         label = " ".join(name).replace("+recipe=", "")
         status = MISSING if short else OK
         fatal = bool(short) and name == decisive
@@ -195,7 +199,7 @@ def show(findings: list[Finding], arguments: list[str]) -> None:
     if sys.stdout.isatty() and any(row.name == "rich" and row.status != MISSING for row in findings):
         print_rich(findings)
     else:
-        print_plain(findings, width=max(60, int(os.environ.get("COLUMNS", "0") or 0) or 120))
+        print_plain(findings, width=max(60, shutil.get_terminal_size((120, 24)).columns))
     print(f"\n{verdict(findings, arguments)}")
 
 
@@ -213,17 +217,22 @@ def main(arguments: list[str]) -> int:
         return 2
     try:
         deadline_s = float(options.get("deadline") or DEADLINE_S)
-        findings = examine(keys, deadline_s)
-        print(as_json(findings, keys)) if "json" in options else show(findings, keys)
-        sys.stdout.flush()
     except ValueError:
         print(f"dpsrl.doctor: --deadline={options['deadline']} is no number of seconds", file=sys.stderr)
         return 2
+    try:
+        findings = examine(keys, deadline_s)
+        print(as_json(findings, keys)) if "json" in options else show(findings, keys)
+        sys.stdout.flush()
     except SystemExit as refusal:
         print(f"dpsrl.doctor: {refusal}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader has seen enough
+        return 1
+    except Exception as error:  # whatever it is, a traceback is no answer
+        words = f"{type(error).__name__}: {error}"
+        print(f"dpsrl.doctor: cannot go on, by a fault of its own ({words})", file=sys.stderr)
         return 1
     return 1 if obstacles(findings) else 0
 

@@ -46,11 +46,14 @@ class Tried:
 
 def attempt(code: str, deadline_s: float, *arguments: str) -> Tried:
     """Runs `code`, which ends with a call of `report(facts)`, in a process of its own, and ends all that it started."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", REPORT + code, *arguments],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-        env=dict(os.environ, PYTHONFAULTHANDLER="", PYTHONWARNINGS="ignore", PYTHONUNBUFFERED="1"),
-    )  # fmt: skip
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-c", REPORT + code, *arguments],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+            env=dict(os.environ, PYTHONFAULTHANDLER="", PYTHONWARNINGS="ignore", PYTHONUNBUFFERED="1"),
+        )  # fmt: skip
+    except OSError as error:
+        return Tried(None, f"no process could be started ({error.strerror})")
     _running.add(process)
     try:
         out, err = process.communicate(timeout=deadline_s)

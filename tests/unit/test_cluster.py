@@ -8,6 +8,8 @@ import pytest
 
 from dpsrl.cluster import Cluster, _remembered_interrupts
 
+pytestmark = pytest.mark.process  # imports the stack
+
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_ctrl_c_that_python_drops_is_remembered():

@@ -295,6 +295,21 @@ def test_a_check_that_fails_is_a_row():
     assert (row.name, row.status, row.fatal) == ("odd_machine", WARNING, False) and "no such thing here" in row.found
 
 
+def test_cards_that_torch_does_not_reach_are_none():
+    need = {"device": "gpu", "needs": "1 GPU", "short": []}
+    (row,) = doctor.recipe_findings([["+recipe=math"]], Tried([need], ""), ["+recipe=math"], reached=False)
+    assert row.fatal and "torch does not reach" in row.fix
+    (row,) = doctor.recipe_findings([["+recipe=math"]], Tried([need], ""), ["+recipe=math"])
+    assert (row.status, row.fix) == (OK, "")
+
+
+def test_a_fault_of_its_own_is_a_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(doctor.installed, "pins", lambda build: 1 / 0)
+    assert doctor.main([]) == 1
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1 and "ZeroDivisionError" in said.err
+
+
 def test_fixes_are_said_once_and_fatal_ones_first():
     rows = [
         Finding("machine", "disk", WARNING, "full", "make room"),

@@ -7,6 +7,8 @@ import pytest
 
 from dpsrl.evaluate import mean_with_interval, pass_at
 
+pytestmark = pytest.mark.process  # imports the stack
+
 
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer():
     solved_N, num_samples = np.array([0, 1, 3, 8]), 8

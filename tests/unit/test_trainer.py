@@ -5,6 +5,8 @@ import pytest
 from dpsrl.config import TrainerConfig
 from dpsrl.trainer import lr_at
 
+pytestmark = pytest.mark.process  # imports the stack
+
 
 def test_warm_up_then_constant():
     config = TrainerConfig(lr=1.0, warmup_updates=4)
