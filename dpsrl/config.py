@@ -348,7 +348,8 @@ def _drop_options_of_another_method(raw: Any, arguments: list[str], set_keys: se
     own = vars(SelectionConfig())
     for text in choices:
         if text.startswith("selection="):
-            own |= OmegaConf.to_container(OmegaConf.load(config_dir() / f"{text.replace('=', '/')}.yaml"))
+            options: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / f"{text.replace('=', '/')}.yaml"))
+            own |= options
     for name, value in own.items():
         if name not in ("method", *CONTROLLER_KEYS) and f"selection.{name}" not in set_keys:
             raw.selection[name] = value
@@ -443,7 +444,8 @@ def selector_config(config: Config) -> dict[str, Any]:
 def read_run_config(path: Path) -> Config:
     """What a run wrote into its folder."""
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
+        config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
+        return config
     except (OSError, YAMLError, OmegaConfBaseException) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{path} cannot be read ({reason}): give a run folder of this version of dpsrl") from error

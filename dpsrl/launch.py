@@ -236,7 +236,7 @@ def launch(config: Config, checked: Checked, screen: Screen, stack: ExitStack, c
     trainers.start()
     rollouts.wait_until_up()
     driver = read_driver(checkpoint)
-    plain_config = OmegaConf.to_container(OmegaConf.structured(config))
+    plain_config: Any = OmegaConf.to_container(OmegaConf.structured(config))
     sinks = open_sinks(config.log.to, folder.path, config.log.wandb_project, plain_config, driver.step, screen.line)
     metrics = Metrics(folder.metrics, [screen.step, *map(stack.enter_context, sinks)], driver.step, screen.line)
     if driver.record:

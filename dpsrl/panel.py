@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderResult
@@ -55,7 +56,8 @@ class Figures:
             ("reward", "rollout/reward"), ("mixed", "selection/mixed_share"), ("predicted", "selection/predicted_share")
         ):  # fmt: skip
             if record.get(key) is not None:
-                new = replace(new, **{name: (*getattr(new, name), record[key])[-HISTORY:]})
+                longer: dict[str, Any] = {name: (*getattr(new, name), record[key])[-HISTORY:]}
+                new = replace(new, **longer)
         scores = [value for name, value in record.items() if is_accuracy(name) and value is not None]
         if scores:
             new = replace(new, accuracy=scores[0])
@@ -204,7 +206,7 @@ def time_rows(seconds: dict[str, float], width: int) -> list[Text]:
     shares = {phase: spent / total for phase, spent in shares.items()}
     names = {phase: f"{phase} {share:.0%}  " for phase, share in shares.items()}
     room, fitting = width - LABEL + 2, []
-    for phase in sorted(shares, key=shares.get, reverse=True):
+    for phase in sorted(shares, key=lambda phase: shares[phase], reverse=True):
         if len(names[phase]) <= room:
             room -= len(names[phase])
             fitting.append(phase)

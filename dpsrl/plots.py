@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
@@ -74,10 +74,15 @@ def series(records: Sequence[Record], key: str, over: str = "step") -> tuple[np.
     return table[:, 0], table[:, 1]
 
 
+@overload
+def number(value: object, default: float) -> float: ...
+@overload
+def number(value: object, default: None = None) -> float | None: ...
 def number(value: object, default: float | None = None) -> float | None:
     """A file may hold anything under a key."""
-    finite = isinstance(value, (int, float)) and abs(value) < 1e300  # neither NaN nor an integer of thousands of digits
-    return float(value) if finite else default
+    if isinstance(value, (int, float)) and abs(value) < 1e300:  # neither NaN nor an integer of thousands of digits
+        return float(value)
+    return default
 
 
 def thin(values: np.ndarray) -> np.ndarray:

@@ -54,6 +54,8 @@ class ResponseLog:
             for outcome in OUTCOMES:
                 if lines.get(outcome) and len(chosen) < self.num_groups:
                     chosen.append(lines[outcome].pop(0)[1:])
+        if self._file is None:  # then nothing was kept
+            return
         for index, known in sorted(chosen, key=lambda pair: pair[0]):
             prompt = prompts[index]
             asked = {"prompt": cut(prompt.text)[0], "answer": cut(as_text(prompt.answer))[0]}

@@ -93,9 +93,12 @@ class OwnConsole(Console):
     """
 
     def __init__(self, file: Outlet) -> None:
-        super().__init__(file=file, force_terminal=file.isatty(), highlight=False, markup=False, emoji=False)
+        # rich asks for a whole IO, of which it calls what an Outlet has
+        super().__init__(
+            file=file, force_terminal=file.isatty(), highlight=False, markup=False, emoji=False  # type: ignore[arg-type]
+        )  # fmt: skip
 
-    @property
+    @property  # type: ignore[misc]  # rich lets it be set, which nobody does here
     def size(self) -> ConsoleDimensions:
         try:
             columns, lines = os.get_terminal_size(self.file.fileno())
@@ -136,7 +139,9 @@ class Screen:
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.close(log)
-        words = {"encoding": "utf-8", "errors": "replace"}
+        words: dict[str, Any] = {"encoding": "utf-8", "errors": "replace"}
+        terminal: Terminal | None
+        file: TextIO
         try:
             terminal = Terminal(saved[0])
             file = io.TextIOWrapper(terminal, write_through=True, **words)
@@ -210,7 +215,7 @@ class Screen:
 
     def stop_panel(self) -> None:
         """Takes it from the terminal."""
-        if self._live is not None:
+        if self._live is not None and self._usage is not None:  # they come together
             self._live.stop()
             self._usage.stop()
             self._live = self._usage = None
@@ -224,7 +229,7 @@ class Screen:
         now_s, view = self._clock(), self._view
         return replace(
             view, stage=replace(view.stage, seconds=now_s - self._stage_s), elapsed_s=now_s - self._started_s,
-            left_s=self._time_left_s(now_s), machine=self._usage and self._usage.machine,
+            left_s=self._time_left_s(now_s), machine=self._usage.machine if self._usage else None,
         )  # fmt: skip
 
     def _wipe(self, size: ConsoleDimensions, panel_height: int) -> None:

@@ -68,7 +68,7 @@ class Sink:
         )  # fmt: skip
         self._processes = Followed()
         self._processes.add([self._process.pid])
-        self._put(options | {"sink": name})
+        self._put({**options, "sink": name})
         self._thread = threading.Thread(target=self._feed, name=name, daemon=True)
         self._thread.start()
 
@@ -79,19 +79,21 @@ class Sink:
 
     def _feed(self) -> None:
         process = self._process
+        stdin, stdout = process.stdin, process.stdout
+        assert stdin is not None and stdout is not None  # both are pipes
         try:
             while (line := self._lines.get()) is not None:
-                process.stdin.write(line)
-                process.stdin.flush()
-                if (answer := process.stdout.readline()) != "taken\n":
+                stdin.write(line)
+                stdin.flush()
+                if (answer := stdout.readline()) != "taken\n":
                     self._error = answer
                     break
                 self._silent_since = self._clock()
                 self._lines.task_done()
-            process.stdin.close()
-            self._error = self._error or process.stdout.read()
+            stdin.close()
+            self._error = self._error or stdout.read()
         except BrokenPipeError:
-            self._error = process.stdout.read()
+            self._error = stdout.read()
         if process.wait() and not self._error:
             self._error = f"its process ended with code {process.returncode}"
 

@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -36,7 +37,7 @@ from dpsrl.types import UserError
 FLAGS = ("-m", "--multirun")
 ENTRY = (sys.executable, "-m", "dpsrl.train")
 MAX_NAME_CHARS = 100
-PLAIN = {"highlight": False, "markup": False, "soft_wrap": True}  # how lines are printed
+PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}  # how lines are printed
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)  # what a run gets at the first, second and third request
 
 

@@ -85,14 +85,15 @@ def read_history(path: Path) -> History:
         place = places.setdefault(line["prompt_id"], len(places))
         rows.append((place, *(line[name] for name in COUNTS), line["admitted"]))
         chance = line.get("predicted")
-        known = isinstance(chance, (int, float)) and 0 <= chance <= 1
-        predicted.append(float(chance) if known else math.nan)
+        predicted.append(float(chance) if isinstance(chance, (int, float)) and 0 <= chance <= 1 else math.nan)
     table = np.array(rows, dtype=np.int64).reshape(-1, 6)
     order = np.argsort(table[:, 1], kind="stable")  # as they were written, unless somebody mixed them up
-    columns = table[order].T
+    prompt_G, step_G, version_G, num_solved_G, num_rollouts_G, admitted_G = table[order].T
+    predicted_G = np.array(predicted, dtype=float)[order]
     return History(
-        list(places), *columns[:5], columns[5].astype(bool), np.array(predicted, dtype=float)[order], num_unreadable
-    )
+        list(places), prompt_G, step_G, version_G, num_solved_G, num_rollouts_G, admitted_G.astype(bool), predicted_G,
+        num_unreadable,
+    )  # fmt: skip
 
 
 def is_group(line: dict[str, Any]) -> bool:

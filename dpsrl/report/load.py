@@ -66,8 +66,9 @@ class Run:
         """Of the data set, as the last count of states has it."""
         for record in reversed(self.records):
             counts = [number(v) for k, v in record.items() if k.startswith("selection/occupancy/")]
-            if len(counts) == 4 and None not in counts and 0 < sum(counts) <= MAX_COUNT:
-                return int(sum(counts))
+            known = [count for count in counts if count is not None]
+            if len(known) == len(counts) == 4 and 0 < sum(known) <= MAX_COUNT:
+                return int(sum(known))
         return None
 
     @cached_property

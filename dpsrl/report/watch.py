@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from dpsrl.report.load import load_run
 from dpsrl.report.page import render
@@ -45,7 +46,7 @@ class Served(ThreadingHTTPServer):
     def show(self, page: str) -> None:
         self.page, self.version = page.encode(), self.version + 1
 
-    def handle_error(self, request: object, client_address: object) -> None:
+    def handle_error(self, request: Any, client_address: object) -> None:
         """A browser that goes away in mid-answer is no error of ours."""
         if not isinstance(sys.exception(), (OSError, TimeoutError)):
             super().handle_error(request, client_address)

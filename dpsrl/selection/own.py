@@ -14,6 +14,7 @@ numpy only. A step costs what there are prompts, not what was touched.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,10 @@ class OwnBelief:
     Entry e of the selector is prompt e - 1; entry 0 is nobody's, since `OwnSelector` touches all prompts at once.
     """
 
-    path, cls, methods = "", object, ()  # of the subclass that `own_belief` makes
+    # of the subclass that `own_belief` makes
+    path: str = ""
+    cls: type[Any] = object
+    methods: Sequence[str] = ()
 
     def __init__(self, max_entries: int, num_rollouts: int, **options: Any) -> None:
         self.num_prompts, self.num_rollouts = max_entries - 1, num_rollouts
@@ -175,9 +179,9 @@ def own_belief(path: str) -> type[OwnBelief]:
             "give the class observe, and score or predict."
         )
     check_call(cls, label, 2, INIT)
-    check_call(cls.observe, f"{label}: observe", 4, OBSERVE)
-    for method in methods[1:]:
-        check_call(getattr(cls, method), f"{label}: {method}", 1, f"def {method}(self)")
+    for method in methods:
+        num, form = (4, OBSERVE) if method == "observe" else (1, f"def {method}(self)")
+        check_call(getattr(cls, method), f"{label}: {method}", num, form)
     own = {"path": path, "cls": cls, "methods": methods, "__signature__": inspect.signature(cls)}
     return type("Belief", (OwnBelief,), own)
 
