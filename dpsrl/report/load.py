@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dpsrl.config import SelectionConfig
 from dpsrl.metrics import Record, read_events, read_lines, summarize
 from dpsrl.plots import number
 from dpsrl.report.explorer import Kept, read_kept
@@ -78,7 +79,9 @@ class Run:
     @cached_property
     def spending(self) -> Spending | None:
         known_before = self.setting("selection.prior_rates") or self.setting("selection.warm_start")
-        return spending(self.history, self.records, self.batch, first_is_random=not known_before)
+        share = number(self.setting("selection.audit_share"), SelectionConfig.audit_share)
+        num_audited = max(1, round(min(share, 1.0) * self.batch))
+        return spending(self.history, self.records, self.batch, not known_before, num_audited)
 
 
 def load_run(run_dir: Path) -> Run:

@@ -1,8 +1,8 @@
 """What other ways of sampling would have spent for the mixed groups of a run, estimated from what the run saw.
 
 Pure numbers. The estimate takes the policy as it was at each step, and asks how often a prompt drawn at random gave a
-mixed group then: from the audit's draws where the run has them, before that from prompts scored for the first time,
-which no belief told apart. What a policy trained on other prompts would have been like, nobody knows.
+mixed group then: from prompts scored for the first time, which no belief told apart, or from the audit's draws once
+there are as many. What a policy trained on other prompts would have been like, nobody knows.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dpsrl.audit import MIN_GROUPS, WINDOW
 from dpsrl.metrics import Record
 from dpsrl.report.history import History
 
+ENOUGH = 200  # groups, by which a share is known to about 7 points
 AUDIT_KEY = "selection/audit_mixed_share"
 
 
@@ -40,16 +41,18 @@ class Spending:
     batch: int
 
 
-def spending(history: History, records: Sequence[Record], batch: int, first_is_random: bool) -> Spending | None:
+def spending(
+    history: History, records: Sequence[Record], batch: int, first_is_random: bool, num_audited: int = 1
+) -> Spending | None:
     """None where the chance of a mixed group of a random prompt cannot be told, or there was no mixed group.
 
     batch: groups of an update, which dynamic sampling fills. first_is_random: False where pass rates or beliefs were
-    known beforehand, so that first groups were chosen too.
+    known beforehand, so that first groups were chosen too. num_audited: prompts drawn for the audit in each step.
     """
     if not history.mixed_G.any():
         return None
     steps_T, place_G = np.unique(history.step_G, return_inverse=True)
-    share_T, num_audit = random_shares(history, records, steps_T, first_is_random)
+    share_T, num_audit = random_shares(history, records, steps_T, first_is_random, num_audited)
     if share_T is None:
         return None
     group_size = int(history.num_rollouts_G.max())
@@ -66,11 +69,12 @@ def spending(history: History, records: Sequence[Record], batch: int, first_is_r
 
 
 def random_shares(
-    history: History, records: Sequence[Record], steps_T: np.ndarray, first_is_random: bool
+    history: History, records: Sequence[Record], steps_T: np.ndarray, first_is_random: bool, num_audited: int
 ) -> tuple[np.ndarray | None, int]:
     """(T,) and how many of them are the audit's; a step before the first estimate takes that one.
 
-    Never below half a group in a window, so that what follows stays finite.
+    The audit counts once it has as many groups as the others, or ENOUGH. Never below half a group in a window, so that
+    what follows stays finite.
     """
     audit: Mapping[int, float] = {
         record["step"]: record[AUDIT_KEY] for record in records if is_share(record.get(AUDIT_KEY))
@@ -81,11 +85,12 @@ def random_shares(
     sums = np.concatenate([[0], np.cumsum(first_mixed)])
     share_T, from_audit_T = np.full(steps_T.size, math.nan), np.zeros(steps_T.size, dtype=bool)
     for t, (step, num) in enumerate(zip(steps_T.tolist(), num_T.tolist(), strict=True)):
-        if step in audit:
+        others = min(num, WINDOW) if first_is_random and num >= MIN_GROUPS else 0
+        if step in audit and num_audited * (t + 1) >= min(others, ENOUGH):
             share_T[t], from_audit_T[t] = audit[step], True
         elif from_audit_T[:t].any():
             share_T[t], from_audit_T[t] = share_T[t - 1], True
-        elif first_is_random and num >= MIN_GROUPS:
+        elif others:
             start = max(0, num - WINDOW)
             share_T[t] = (sums[num] - sums[start]) / (num - start)
     known = np.flatnonzero(np.isfinite(share_T))

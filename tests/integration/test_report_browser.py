@@ -168,7 +168,7 @@ def test_a_long_run_opens(browser, tmp_path, capsys):
         page = watched.open(file)
         seconds.append(time.monotonic() - started)
         assert watched.said == [] and watched.asked == [file.as_uri()]
-    assert int(page.locator("#count").inner_text().split()[0].replace(",", "")) > 5000
+    assert int(page.locator("#count").inner_text().split()[0].replace(",", "")) > 1000
     with capsys.disabled():
         size = path.stat().st_size / 1e6
         print(f"\n100,000 groups ({size:.1f} MB) opened in {seconds[1]:.2f} s, an empty page in {seconds[0]:.2f} s")

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from dpsrl import report
+from dpsrl import plots, report
 from dpsrl.metrics import read_lines, summarize, write_summary
 from tests import made_run
 
@@ -127,7 +127,13 @@ def test_short_and_long_runs(tmp_path, num_steps):
     assert path.stat().st_size < 600_000
 
 
-def test_several_runs_are_compared_and_shown_one_by_one(tmp_path, capsys):
+@pytest.fixture
+def quick_pngs(monkeypatch):
+    """How figures become PNGs is tested beside them, and takes as long as all the rest here."""
+    monkeypatch.setattr(plots, "to_png", lambda figure: b"png")
+
+
+def test_several_runs_are_compared_and_shown_one_by_one(tmp_path, capsys, quick_pngs):
     (tmp_path / "other").mkdir()
     runs = [
         make_run(tmp_path / "dps"),
@@ -211,7 +217,7 @@ def group_line(step, prompt="p", num_solved=3, predicted=0.5):
     return line | {"admitted": True, "predicted": predicted}
 
 
-def test_what_selection_did_and_what_it_cost(tmp_path, capsys):
+def test_what_selection_did_and_what_it_cost(tmp_path, capsys, quick_pngs):
     run_dir = made_run.make_run(tmp_path / "run")
     assert report.main([str(run_dir), "--svg", str(tmp_path / "svg"), "--png", str(tmp_path / "png")]) == 0
     page = Page((run_dir / "report.html").read_text())

@@ -148,9 +148,19 @@ def test_the_audit_counts_where_the_run_has_it(tmp_path):
     mixed = [sum(state_of(line) == "partial" for line in lines if line["step"] == step) for step in range(1, 7)]
     assert known.uniform_T[-1] == pytest.approx(8 * (sum(mixed[:4]) / 0.25 + sum(mixed[4:]) / 0.5))
     none = spending(
-        write(tmp_path / "groups.jsonl", lines), [{"step": 1, "selection/audit_mixed_share": 0.0}], 15, True
+        write(tmp_path / "groups.jsonl", lines), [{"step": 1, "selection/audit_mixed_share": 0.0}], 15, True, 300
     )
     assert np.isfinite(none.uniform_T).all() and none.uniform_T[-1] == pytest.approx(8 * sum(mixed) * 1024)
+
+
+def test_the_audit_takes_over_once_it_knows_as_much(tmp_path):
+    lines = lines_of()
+    records = [{"step": step, "selection/audit_mixed_share": 0.9} for step in range(3, 41)]
+    known = spending(write(tmp_path / "groups.jsonl", lines), records, 15, True, num_audited=8)
+    met = [len({g["prompt_id"] for g in lines if g["step"] <= step and state_of(g)}) for step in range(1, 41)]
+    before = next(t for t in range(40) if t >= 2 and 8 * (t + 1) >= met[t])
+    assert 2 < before < 10 and known.num_audit == 40 - before
+    assert (known.random_share_T[before:] == 0.9).all() and (known.random_share_T[:before] < 0.7).all()
 
 
 @pytest.mark.parametrize("share, batch", [(0.3, 64), (0.43, 64), (0.5, 20), (0.9, 256), (0.05, 16), (1.0, 8)])
