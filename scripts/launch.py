@@ -166,7 +166,6 @@ def gather(host: str, port: int, num_nodes: int, node: subprocess.Popen) -> None
         time.sleep(0.5)
         num_there = _num_there(f"{host}:{port}")
     ray.shutdown()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(UNFINISHED))  # Ray has set one of its own
 
 
 def _num_there(address: str) -> int:
@@ -174,6 +173,7 @@ def _num_there(address: str) -> int:
     try:
         if not ray.is_initialized():
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(UNFINISHED))  # Ray has set one of its own
     except (ConnectionError, ray.exceptions.RayError):
         ray.shutdown()
         return 0
