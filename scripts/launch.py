@@ -103,9 +103,12 @@ def head(arguments: list[str], environment: Mapping[str, str]) -> int:
     num_nodes = _num_nodes(environment)
     load_config(run_arguments(arguments, environment))  # a mistake in it is told before anything starts
     options = ["--head", f"--node-ip-address={host}", f"--port={port}", "--include-dashboard=false"]
-    with ray_node([*options, f"--temp-dir={_ray_folder(port)}"], environment, port) as node:
-        gather(host, port, num_nodes, node)
-        return run(arguments, environment)
+    try:
+        with ray_node([*options, f"--temp-dir={_ray_folder(port)}"], environment) as node:
+            gather(host, port, num_nodes, node)
+            return run(arguments, environment)
+    finally:
+        shutil.rmtree(_ray_folder(port), ignore_errors=True)
 
 
 def worker(arguments: list[str], environment: Mapping[str, str]) -> int:
@@ -115,15 +118,18 @@ def worker(arguments: list[str], environment: Mapping[str, str]) -> int:
     """
     host, port = _address(environment)
     _wait_for_port(host, port, None)
-    while _answers(host, port):
-        with ray_node([f"--address={host}:{port}"], environment, port) as node:
-            node.wait()
-        time.sleep(1.0)
+    try:
+        while _answers(host, port):
+            with ray_node([f"--address={host}:{port}"], environment) as node:
+                node.wait()
+            time.sleep(1.0)
+    finally:  # not before: a node may share the folder with another on its machine
+        shutil.rmtree(_ray_folder(port), ignore_errors=True)
     return 0
 
 
 @contextmanager
-def ray_node(options: list[str], environment: Mapping[str, str], port: int) -> Iterator[subprocess.Popen]:
+def ray_node(options: list[str], environment: Mapping[str, str]) -> Iterator[subprocess.Popen]:
     """One Ray node for as long as the block lasts; whatever happens to this process, it is gone soon after."""
     if not HAS_TOKEN:
         raise UserError(
@@ -140,7 +146,6 @@ def ray_node(options: list[str], environment: Mapping[str, str], port: int) -> I
             yield node
         finally:
             _end(node)
-            shutil.rmtree(_ray_folder(port), ignore_errors=True)
 
 
 def _end(node: subprocess.Popen) -> None:
