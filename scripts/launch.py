@@ -103,22 +103,33 @@ def head(arguments: list[str], environment: Mapping[str, str]) -> int:
     num_nodes = _num_nodes(environment)
     load_config(run_arguments(arguments, environment))  # a mistake in it is told before anything starts
     options = ["--head", f"--node-ip-address={host}", f"--port={port}", "--include-dashboard=false"]
-    with ray_node([*options, f"--temp-dir={_ray_folder(port)}"], environment, port) as node:
-        gather(host, port, num_nodes, node)
-        return run(arguments, environment)
+    try:
+        with ray_node([*options, f"--temp-dir={_ray_folder(port)}"], environment) as node:
+            gather(host, port, num_nodes, node)
+            return run(arguments, environment)
+    finally:
+        shutil.rmtree(_ray_folder(port), ignore_errors=True)
 
 
 def worker(arguments: list[str], environment: Mapping[str, str]) -> int:
-    """Ends with the cluster, well in any case: whether the run went well is what the head says."""
+    """Ends with the cluster, well in any case: whether the run went well is what the head says.
+
+    Until then it joins again: the first time may have been before the head was ready, and a node may crash.
+    """
     host, port = _address(environment)
     _wait_for_port(host, port, None)
-    with ray_node([f"--address={host}:{port}"], environment, port) as node:
-        node.wait()
+    try:
+        while _answers(host, port):
+            with ray_node([f"--address={host}:{port}"], environment) as node:
+                node.wait()
+            time.sleep(1.0)
+    finally:  # not before: a node may share the folder with another on its machine
+        shutil.rmtree(_ray_folder(port), ignore_errors=True)
     return 0
 
 
 @contextmanager
-def ray_node(options: list[str], environment: Mapping[str, str], port: int) -> Iterator[subprocess.Popen]:
+def ray_node(options: list[str], environment: Mapping[str, str]) -> Iterator[subprocess.Popen]:
     """One Ray node for as long as the block lasts; whatever happens to this process, it is gone soon after."""
     if not HAS_TOKEN:
         raise UserError(
@@ -135,7 +146,6 @@ def ray_node(options: list[str], environment: Mapping[str, str], port: int) -> I
             yield node
         finally:
             _end(node)
-            shutil.rmtree(_ray_folder(port), ignore_errors=True)
 
 
 def _end(node: subprocess.Popen) -> None:
@@ -148,34 +158,49 @@ def _end(node: subprocess.Popen) -> None:
 
 def gather(host: str, port: int, num_nodes: int, node: subprocess.Popen) -> None:
     """Returns when that many machines are in the cluster; UserError with the number that came in time."""
-    _wait_for_port(host, port, node)
     deadline, num_there = time.monotonic() + GATHER_S, 0
-    try:
-        ray.init(address=f"{host}:{port}", log_to_driver=False, logging_level="ERROR")
-    except ConnectionError as error:
-        raise UserError(f"Ray started, but cannot be reached: {error}; is {host}:{port} another's?") from error
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(UNFINISHED))  # Ray has set one of its own
-    while (num_there := sum(known["Alive"] for known in ray.nodes())) < num_nodes:
+    _wait_for_port(host, port, node)
+    while num_there < num_nodes:
+        if node.poll() is not None:
+            raise UserError(f"Ray ended at {host}:{port}; why is said above")
         if time.monotonic() > deadline:
             raise UserError(
                 f"{num_there} of DPSRL_NODES={num_nodes} machines joined Ray at {host}:{port} within {GATHER_S:.0f} s: "
                 "see what the others say, and whether they reach that port"
             )
         time.sleep(0.5)
+        num_there = _num_there(f"{host}:{port}")
     ray.shutdown()
+
+
+def _num_there(address: str) -> int:
+    """Machines in the cluster; 0 as long as its head is not ready."""
+    try:
+        if not ray.is_initialized():
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(UNFINISHED))  # Ray has set one of its own
+    except (ConnectionError, ray.exceptions.RayError):
+        ray.shutdown()
+        return 0
+    return sum(node["Alive"] for node in ray.nodes())
 
 
 def _wait_for_port(host: str, port: int, node: subprocess.Popen | None) -> None:
     deadline = time.monotonic() + GATHER_S
-    while time.monotonic() < deadline:
+    while not _answers(host, port):
         if node is not None and node.poll() is not None:
             raise UserError(f"Ray did not start at {host}:{port}; why is said above")
-        try:
-            socket.create_connection((host, port), timeout=1).close()
-            return
-        except OSError:
-            time.sleep(0.5)
-    raise UserError(f"nothing answers at DPSRL_ADDRESS={host}:{port} after {GATHER_S:.0f} s")
+        if time.monotonic() > deadline:
+            raise UserError(f"nothing answers at DPSRL_ADDRESS={host}:{port} after {GATHER_S:.0f} s")
+        time.sleep(0.5)
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=1).close()
+    except OSError:
+        return False
+    return True
 
 
 def _address(environment: Mapping[str, str]) -> tuple[str, int]:
