@@ -53,6 +53,7 @@ def test_overlong_responses_lose_reward_and_stay_right():
     ]  # fmt: skip
 
 
+@pytest.mark.process
 def test_groups_without_a_gradient_are_skipped_only_where_that_is_exact():
     groups = train_groups([group(0, [1.0, 1.0], [3, 3]), group(1, [1.0, 0.0], [3, 3])], config())
     for arguments, num_rollouts in (

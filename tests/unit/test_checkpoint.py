@@ -183,6 +183,7 @@ def test_nothing_is_pickled_or_unpickled(tmp_path):
         read_state(tmp_path / "s")
 
 
+@pytest.mark.process
 def test_damaged_state_is_a_sentence(tmp_path):
     """Without a manifest in the way: headers cut, flipped, and lengthened."""
     draw = random.Random(3)

@@ -14,6 +14,8 @@ from dpsrl.config import (
 )
 from dpsrl.types import UserError
 
+pytestmark = pytest.mark.process  # each configuration takes a quarter of a second
+
 
 def refusal(*arguments: str, entry: str = "train") -> str:
     with pytest.raises(UserError) as error:
@@ -29,7 +31,6 @@ def test_every_recipe_is_complete_and_within_range(recipe):
     assert config.run.name == recipe
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("group", ["selection", "algo", "cluster"])
 def test_every_choice_of_a_group_composes(group):
     for choice in group_choices(group):
@@ -47,7 +48,6 @@ def test_the_command_line_beats_the_recipe_and_the_recipe_beats_the_defaults():
     assert mine.selection.decay == 0.7  # what was not replaced is still the recipe's
 
 
-@pytest.mark.process
 def test_another_method_does_not_inherit_the_recipes_options():
     assert load_config(["+recipe=quickstart"]).selection.decay is not None
     assert load_config(["+recipe=quickstart", "selection=dps"]) == load_config(["+recipe=quickstart"])

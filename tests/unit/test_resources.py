@@ -6,6 +6,8 @@ from dpsrl.config import load_config
 from dpsrl.resources import check_resources, num_local_gpus, resource_plan
 from dpsrl.types import UserError
 
+pytestmark = pytest.mark.process  # each configuration takes a quarter of a second
+
 
 def plan(*arguments):
     return resource_plan(load_config(["+recipe=math", *arguments]))
