@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-DEADLINE_S = 300
+DEADLINE_S = 900
 JOB = "4711"
 
 STAND_INS = {
