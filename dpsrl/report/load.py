@@ -21,6 +21,8 @@ from dpsrl.report.spending import Spending, spending
 from dpsrl.run_folder import RunFolder
 from dpsrl.types import UserError
 
+LATER = {"eval_best", "eval_best_step"}  # earlier versions wrote no such keys
+
 
 @dataclass(frozen=True)
 class Run:
@@ -129,7 +131,7 @@ def read_summary(path: Path) -> dict[str, Any] | None:
 
 def is_summary(summary: Any) -> bool:
     model = summarize([], 0, 0.0)
-    if not isinstance(summary, dict) or not model.keys() <= summary.keys():
+    if not isinstance(summary, dict) or not model.keys() - LATER <= summary.keys():
         return False
     for name in ("eval_first", "eval_last", "time_s"):
         values = summary[name]
