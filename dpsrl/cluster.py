@@ -113,7 +113,7 @@ class Cluster:
         return actor
 
     def kill(self, actor: Any) -> None:
-        place = {actor: self._places()[actor]} if actor in self._places() else {}
+        place = {known: where for known, where in self._places().items() if known == actor}
         ray.kill(actor)
         self._signal(signal.SIGKILL, place)  # a process that is stopped does not hear Ray
         del self.actors[actor], self._processes[actor]

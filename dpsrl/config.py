@@ -383,16 +383,21 @@ def schema_keys(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, dat
             yield prefix + item.name, item
 
 
+def parse_override(argument: str) -> Any:
+    """Hydra's `Override` of one argument; UserError where it is not of the form key=value."""
+    try:
+        return OverridesParser.create().parse_override(argument)
+    except HydraException:
+        raise UserError(f"{argument!r} is not of the form key=value") from None
+
+
 def _check_overrides(arguments: list[str]) -> set[str]:
     """The keys set on the command line; refuses unknown ones and names the nearest known."""
     groups = {path.name for path in config_dir().iterdir() if path.is_dir()}
     known = [name for name, _ in schema_keys()]
     set_keys = set()
     for argument in arguments:
-        try:
-            override = OverridesParser.create().parse_override(argument)
-        except HydraException:
-            raise UserError(f"{argument!r} is not of the form key=value") from None
+        override = parse_override(argument)
         name = override.key_or_group
         if name in groups:
             _check_choice(name, override.value(), argument)

@@ -22,13 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dpsrl.config import load_config
+from dpsrl.config import load_config, parse_override
 from dpsrl.report import Run, load_run, write_page
 from dpsrl.run_folder import RunFolder
 from dpsrl.screen import duration
@@ -57,10 +55,7 @@ def plan(arguments: list[str]) -> Plan:
     """UserError where nothing is swept, or any of the runs would be refused."""
     shared, swept, folder = [], [], ""
     for argument in arguments:
-        try:
-            override = OverridesParser.create().parse_override(argument)
-        except HydraException:
-            raise UserError(f"{argument!r} is not of the form key=value") from None
+        override = parse_override(argument)
         name = override.key_or_group
         if name == "resume" or (name == "run.dir" and override.is_sweep_override()):
             raise UserError(
