@@ -69,11 +69,11 @@ class Cluster:
         local = {"num_cpus": num_cpus, "include_dashboard": False} if self.local else {}
         with ExitStack() as started:
             guard = started.enter_context(Guard())
-            with _whole_start():
+            with _whole_start(), _deaf_to_sigterm():
                 _start_ray(guard, address=config.cluster.address or "local", **local)
+                self._stop_requests = _remembered_stops(started)
             _close_token()
             self._interrupts = _remembered_interrupts(started)
-            self._stop_requests = _remembered_stops(started)
             started.enter_context(self.watchdog)
             started.callback(ray.shutdown)
             if not self.local:
@@ -107,6 +107,9 @@ class Cluster:
         """An actor of `cls(*args, **kwargs)`, its output in logs/<name>.log. `options` are Ray's."""
         actor_cls = ray.remote(_logged(cls, str(self.log_dir / f"{name}.log")))
         env_vars = {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"} | env
+        if self.config.cluster.device == "gpu" and self.config.model.dtype == "bfloat16":
+            # Logits are float32 products of bfloat16 values, which TF32 holds exactly: tensor cores compute them.
+            env_vars["TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"] = "1"
         actor = actor_cls.options(runtime_env={"env_vars": env_vars}, **options).remote(*args, **kwargs)
         self.actors[actor] = name
         self._processes[actor] = actor.process.remote()
@@ -153,8 +156,8 @@ class Cluster:
         """What the call returned. Where it failed, and another party's death may be why, that one is named."""
         try:
             return ray.get(call)
-        except ray.exceptions.ActorDiedError:
-            self._lost([actor_of[call]], f"died while it should {what}")
+        except ray.exceptions.RayActorError as error:  # its process ended, or cannot be reached
+            self._lost([actor_of[call]], f"died while it should {what}{_own_error(error)}")
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise error.cause from None
@@ -278,6 +281,19 @@ def _whole_start() -> Iterator[None]:
             raise KeyboardInterrupt
 
 
+@contextmanager
+def _deaf_to_sigterm() -> Iterator[None]:
+    """Processes started here, and those that they start, do not hear SIGTERM.
+
+    A scheduler sends it to all processes of a job at once: the driver needs the others to save, and ends them then.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
 def _remembered_interrupts(stack: ExitStack) -> list[int]:
     """Fills when Ctrl-C comes, besides raising KeyboardInterrupt, until `stack` is closed.
 
@@ -334,11 +350,17 @@ def _logged(cls: type, path: str) -> type:
 def _died(call: Any) -> bool:
     try:
         ray.get(call, timeout=0)
-    except ray.exceptions.ActorDiedError:
+    except ray.exceptions.RayActorError:
         return True
     except (ray.exceptions.RayTaskError, ray.exceptions.GetTimeoutError):
         return False
     return False
+
+
+def _own_error(error: ray.exceptions.RayActorError) -> str:
+    """What an actor raised while it was made, which Ray has only as text: ` (ModuleNotFoundError: ...)`."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f" ({lines[-1].strip()})" if "creation task" in str(error) and len(lines) > 1 else ""
 
 
 def _signal_here(process: int, number: int) -> None:

@@ -228,8 +228,9 @@ class _HeadLogprobs(torch.autograd.Function):
         wide = torch.promote_types(dtype, torch.float32)
         logprobs_L = torch.empty(target_L.shape, dtype=wide, device=hidden_LD.device)
         normaliser_L, entropy_L = torch.empty_like(logprobs_L), torch.zeros_like(logprobs_L)
+        head_VD = weight_VD.to(dtype)
         for chunk in row_chunks(target_L.numel(), weight_VD.shape[0]):
-            z = _logits(hidden_LD[chunk], weight_VD, temperature, dtype, wide)
+            z = _logits(hidden_LD[chunk].to(dtype), head_VD, temperature, wide)
             normaliser = z.logsumexp(dim=-1)
             normaliser_L[chunk] = normaliser
             logprobs_L[chunk] = z.gather(-1, target_L[chunk, None]).squeeze(-1) - normaliser
@@ -245,21 +246,23 @@ class _HeadLogprobs(torch.autograd.Function):
         hidden_LD, weight_VD, target_L, normaliser_L, entropy_L = ctx.saved_tensors
         grad_hidden_LD = torch.empty_like(hidden_LD)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=ctx.wide)
+        head_VD = weight_VD.to(ctx.dtype)
         for chunk in row_chunks(target_L.numel(), weight_VD.shape[0]):
-            z = _logits(hidden_LD[chunk], weight_VD, ctx.temperature, ctx.dtype, ctx.wide)
+            hidden = hidden_LD[chunk].to(ctx.dtype)
+            z = _logits(hidden, head_VD, ctx.temperature, ctx.wide)
             p = z.sub_(normaliser_L[chunk, None]).exp_()
             grad = p * -grad_logprobs_L[chunk, None]
             grad.scatter_add_(-1, target_L[chunk, None], grad_logprobs_L[chunk, None])
             if ctx.with_entropy:
                 grad += grad_entropy_L[chunk, None] * (torch.special.entr(p) - p * entropy_L[chunk, None])
             grad = (grad / ctx.temperature).to(ctx.dtype)
-            grad_hidden_LD[chunk] = (grad @ weight_VD.to(ctx.dtype)).to(hidden_LD.dtype)
-            grad_weight_VD += grad.T @ hidden_LD[chunk].to(ctx.dtype)
+            grad_hidden_LD[chunk] = (grad @ head_VD).to(hidden_LD.dtype)
+            grad_weight_VD += grad.T @ hidden
         return grad_hidden_LD, grad_weight_VD.to(weight_VD.dtype), None, None, None, None
 
 
-def _logits(hidden_LD: Tensor, weight_VD: Tensor, temperature: float, dtype: torch.dtype, wide: torch.dtype) -> Tensor:
-    return F.linear(hidden_LD.to(dtype), weight_VD.to(dtype)).to(wide) / temperature
+def _logits(hidden_LD: Tensor, head_VD: Tensor, temperature: float, wide: torch.dtype) -> Tensor:
+    return F.linear(hidden_LD, head_VD).to(wide).div_(temperature)
 
 
 def row_chunks(num_tokens: int, vocab: int) -> list[slice]:

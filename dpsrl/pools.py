@@ -243,7 +243,7 @@ class SyncClient:
                 except ray.exceptions.GetTimeoutError:
                     self.failures[index] = f"did not take weights within {self.deadline_s:.0f} s"
                     del self.engines[index]
-                except ray.exceptions.ActorDiedError:
+                except ray.exceptions.RayActorError:
                     self.failures[index] = "died while it should take weights"
                     del self.engines[index]
                 except ray.exceptions.RayError as error:

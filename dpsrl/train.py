@@ -24,7 +24,7 @@ import numpy as np
 from dpsrl import sweep
 from dpsrl.algo.packing import shares
 from dpsrl.batch import lay_out_step, rollout_metrics, shape_rewards, shuffled, train_groups, whole_groups
-from dpsrl.checkpoint import Checkpoint, CheckpointError, write_state
+from dpsrl.checkpoint import CheckpointError, write_state
 from dpsrl.cluster import PartyLost, StallError
 from dpsrl.config import Config, help_text, load_config
 from dpsrl.controller import Outcome
@@ -331,13 +331,15 @@ def train_until_done(config: Config, checked: Checked, screen: Screen) -> dict[s
 
     The summary; None if the run was asked to stop before its end.
     """
-    checkpoint, loss = checked.checkpoint, ""
+    checkpoint, loss, has_started = checked.checkpoint, "", False
     for attempt in range(config.run.max_restarts + 1):
         try:
             with ExitStack() as stack:
-                return train_from(config, checked, screen, stack, checkpoint, loss)
+                parts = launch(config, checked, screen, stack, checkpoint)
+                has_started = True
+                return train_from(parts, checked, screen, loss)
         except PartyLost as lost:
-            if attempt == config.run.max_restarts:
+            if attempt == config.run.max_restarts or not has_started:  # what kept it from starting would again
                 raise
             newest, passed_over = checked.folder.newest_checkpoint()
             checkpoint = newest or checked.checkpoint
@@ -348,13 +350,11 @@ def train_until_done(config: Config, checked: Checked, screen: Screen) -> dict[s
     raise AssertionError("the last attempt returns or raises")
 
 
-def train_from(
-    config: Config, checked: Checked, screen: Screen, stack: ExitStack, checkpoint: Checkpoint | None, loss: str
-) -> dict[str, Any] | None:
-    parts = launch(config, checked, screen, stack, checkpoint)
+def train_from(parts: Run, checked: Checked, screen: Screen, loss: str) -> dict[str, Any] | None:
+    """Trains to the end, or to a request to stop. loss: why the run was started anew, if it was."""
     if loss:
         parts.metrics.event("restart", loss)
-    if not loss:
+    else:
         parts.metrics.add({"time/start_s": time.monotonic() - checked.started})
     is_done = train(parts)
     first = max(parts.saved, 0) + 1  # of the steps that no checkpoint has

@@ -1,7 +1,7 @@
 """Faults in real runs: every party killed or frozen in every phase, or at random for hundreds of steps.
 
-    python scripts/faults.py matrix [REPEATS] [WORD ...]   party x phase x signal -> runs/faults.json and a table;
-                                                           words narrow it down: engine, save, SIGSTOP
+    python scripts/faults.py matrix [REPEATS] [WORD ...]   party x phase x signal -> runs/faults.json; words narrow it
+                                                           down (engine trainer save SIGSTOP); goes on where it was
     python scripts/faults.py soak [STEPS]                  random faults, beside a run without -> runs/soak.json
     python scripts/faults.py saves [KILLS]                 SIGKILL at random moments of saving -> runs/saves.json
 
@@ -30,6 +30,7 @@ PHASES = ("select", "generate", "score", "train", "sync", "save", "evaluate")
 SIGNALS = ("SIGKILL", "SIGSTOP")
 STALL_S = 12.0
 FREEZE_DRIVER_S = 20.0
+MARK = "DPSRL_FAULTS"  # in the environment of all that a run starts
 SMALL = [
     "+recipe=quickstart", "data.countdown.num_train=128", "data.countdown.num_test=16", "train.batch=8",
     "rollout.num_rollouts=4", "eval.num_rollouts=2", "eval.every=1", "checkpoint.every=1", "reward.deadline_s=2",
@@ -115,7 +116,8 @@ def run_with(plan: dict[str, tuple[str, str, str]], folder: Path, steps: int, ex
     codes, output = [], ""
     expected_kills = sum(cell[0] == "driver" and cell[2] == "SIGKILL" for cell in plan.values())
     while not codes or (codes[-1] == -signal.SIGKILL and len(codes) <= expected_kills):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        env = os.environ | {MARK: str(folder)}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
         codes.append(done.returncode)
         output += done.stdout + done.stderr
         (folder / "output.txt").write_text(output)
@@ -128,43 +130,49 @@ def run_with(plan: dict[str, tuple[str, str, str]], folder: Path, steps: int, ex
 
 
 def left_over(folder: Path) -> list[str]:
-    """Processes of this run, and memory files, after half a minute."""
+    """Processes that this run started, and memory files of any run, after half a minute."""
     time.sleep(30)
-    listing = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True, check=True).stdout
-    mine = [line for line in listing.splitlines() if str(folder) in line and "faults.py" in line]
-    ray = [line for line in listing.splitlines() if "ray::" in line or "dpsrl.rewards.worker" in line]
-    return mine + ray + [str(path) for path in Path("/dev/shm").glob("dpsrl*")]
+    rest = [str(path) for path in Path("/dev/shm").glob("dpsrl*")]
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"{MARK}={folder}\0".encode() in (process / "environ").read_bytes():
+                rest.append((process / "cmdline").read_text().replace("\0", " "))
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+    return rest
 
 
 def matrix(repeats: int, words: list[str]) -> int:
-    cells = [
-        cell for cell in product(PARTIES, PHASES, SIGNALS)
-        if all(any(word == part for part in cell) or word not in {*PARTIES, *PHASES, *SIGNALS} for word in words)
-    ]  # fmt: skip
-    report = []
-    for repeat in range(repeats):
-        for party in dict.fromkeys(cell[0] for cell in cells):
-            plan = {str(2 + i): cell for i, cell in enumerate(c for c in cells if c[0] == party)}
-            with tempfile.TemporaryDirectory() as folder:
-                started = time.monotonic()
-                result = run_with(plan, Path(folder), 3 + len(plan), [f"seed={repeat}"])
-                rest = left_over(Path(folder))
-                Path(f"runs/faults-{party}-{repeat}.txt").write_text(result["output"])
-            holds = bool(result["summary"].get("rollouts", {}).get("holds"))
-            row = {
-                "party": party, "repeat": repeat, "cells": sorted(map(list, plan.values())), "codes": result["codes"],
-                "holds": holds, "num_struck": len(result["struck"]), "left_over": rest,
-                "num_restarts": result["summary"].get("num_restarts"), "s": time.monotonic() - started,
-            }  # fmt: skip
-            report.append(row)
-            Path("runs/faults.json").write_text(json.dumps(report, indent=1))
-            print({key: value for key, value in row.items() if key != "cells"}, flush=True)
-    good = all(
-        row["codes"][-1] == 0 and row["holds"] and not row["left_over"] and row["num_struck"] == len(row["cells"])
-        for row in report
-    )
-    print("all cells ended well" if good else "FAILED")
+    named = [[word for word in kind if word in words] or kind for kind in (PARTIES, PHASES, SIGNALS)]
+    parties, cells = named[0], list(product(*named[1:]))
+    report_file = Path("runs/faults.json")
+    report = json.loads(report_file.read_text()) if report_file.exists() else []
+    done = {(row["party"], row["repeat"]) for row in report if ended_well(row) and len(row["cells"]) == len(cells)}
+    for repeat, party in product(range(repeats), parties):
+        if (party, repeat) in done:
+            continue
+        plan = {str(2 + i): (party, *cell) for i, cell in enumerate(cells)}
+        with tempfile.TemporaryDirectory() as folder:
+            started = time.monotonic()
+            result = run_with(plan, Path(folder), 3 + len(plan), [f"seed={repeat}"])
+            rest = left_over(Path(folder))
+            Path(f"runs/faults-{party}-{repeat}.txt").write_text(result["output"])
+        row = {
+            "party": party, "repeat": repeat, "cells": sorted(map(list, plan.values())), "codes": result["codes"],
+            "holds": bool(result["summary"].get("rollouts", {}).get("holds")), "num_struck": len(result["struck"]),
+            "left_over": rest, "num_restarts": result["summary"].get("num_restarts"), "s": time.monotonic() - started,
+        }  # fmt: skip
+        report = [old for old in report if (old["party"], old["repeat"]) != (party, repeat)] + [row]
+        report_file.write_text(json.dumps(report, indent=1))
+        print({key: value for key, value in row.items() if key != "cells"}, flush=True)
+    good = all(map(ended_well, report))
+    print(f"{sum(len(row['cells']) for row in report)} strikes:", "all ended well" if good else "FAILED")
     return 0 if good else 1
+
+
+def ended_well(row: dict[str, Any]) -> bool:
+    struck_all = row["num_struck"] == len(row["cells"])
+    return row["codes"][-1] == 0 and row["holds"] and not row["left_over"] and struck_all
 
 
 def saves(num_kills: int) -> int:

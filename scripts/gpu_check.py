@@ -1,14 +1,14 @@
-"""What one GPU can show: python scripts/gpu_check.py [--device cuda] [--out gpu_check.json]
+"""What one GPU can show: python scripts/gpu_check.py [CHECK ...] [--device cuda] [--out gpu_check.json]
 
 Needs torch and transformers; DeepSpeed, Ray and vLLM are used where they are installed. Models have random weights, so
 nothing is downloaded. On a CPU (--device cpu) it runs everything at toy sizes, to show that it works, not how fast.
 
-    trainer     tokens/s, share of the card's peak, memory, of the packed policy at 0.5B and 1.5B parameters
-    packing     the same rollouts packed and padded, time against time
     agreement   the card against the CPU, and flash against block attention
+    trainer     tokens/s, share of the card's peak, memory, of the packed policy at 0.5B and 1.5B parameters; the same
+                rollouts packed and padded, time against time
     sync        GB/s of a model's weights from GPU to GPU memory and to the host
     posterior   one dense step of the beliefs of ten million prompts beside copying their bytes, and the selector's own
-    runs        quickstart, and a step of the math recipe with a 0.5B-shaped model, where vLLM is installed
+    runs        quickstart, and steps of the math recipe with models of these shapes, where vLLM is installed
 """
 
 from __future__ import annotations
@@ -39,23 +39,28 @@ SHAPES = {
     "toy": (64, 128, 2, 4, 2, 500),
 }
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}  # bfloat16, dense
+STEP_ROLLOUTS = 512  # of a step of the runs: 64 prompts, 8 rollouts each
+RUN_KEYS = ["cluster=gpu1", "train.batch=64", "rollout.num_rollouts=8"]
 MATH_KEYS = ["data.train=countdown", "data.countdown.format=short", "reward.fn=countdown", "eval.benchmarks=[]",
-             "train.steps=2", "train.batch=64", "cluster=gpu1"]  # fmt: skip
+             "model.max_response_tokens=1024", "train.steps=3", *RUN_KEYS]  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checks", nargs="*", default=list(CHECKS), help=f"of {', '.join(CHECKS)}; all when left out")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", default="gpu_check.json")
     arguments = parser.parse_args()
+    if unknown := set(arguments.checks) - set(CHECKS):
+        parser.error(f"no check is called {', '.join(sorted(unknown))}: there are {', '.join(CHECKS)}")
     device = torch.device(arguments.device)
     report: dict = {
         "card": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
         "torch": torch.__version__,
     }
     with tempfile.TemporaryDirectory() as folder:
-        for check in (check_agreement, check_trainer, check_sync, check_posterior, check_runs):
-            report |= check(device, Path(folder))
+        for name in arguments.checks:
+            report |= CHECKS[name](device, Path(folder))
             Path(arguments.out).write_text(json.dumps(report, indent=1))
     table = Table("what", "value", title=f"gpu_check on {report['card']}")
     for name, value in report.items():
@@ -262,24 +267,32 @@ def check_runs(device: torch.device, folder: Path) -> dict:
     if missing or not on_card(device):
         return {"runs": f"left out: {', '.join(missing) + ' not installed' if missing else 'no GPU'}"}
     report = {}
-    big = model_folder("0.5B", folder, torch.bfloat16)
     for name, keys in (
-        ("quickstart", ["+recipe=quickstart", "cluster=gpu1", "model.dtype=bfloat16", "train.steps=8"]),
-        ("math_0.5B", ["+recipe=math", f"model.path={big}", "model.max_response_tokens=1024", *MATH_KEYS]),
+        ("quickstart", ["+recipe=quickstart", "model.dtype=bfloat16", "train.steps=8", *RUN_KEYS]),
+        ("0.5B", ["+recipe=math", f"model.path={model_folder('0.5B', folder, torch.bfloat16)}", *MATH_KEYS]),
+        ("1.5B", ["+recipe=math", f"model.path={model_folder('1.5B', folder, torch.bfloat16)}", *MATH_KEYS]),
     ):
-        run_dir = folder / name
+        run_dir = folder / f"run-{name}"
         command = [sys.executable, "-m", "dpsrl.train", *keys, f"run.dir={run_dir}"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
         report[f"runs/{name}/exit"] = done.returncode
         if done.returncode:
             report[f"runs/{name}/output"] = done.stdout[-500:] + done.stderr[-1500:]
             continue
-        last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+        last = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()][-1]
         kept = ("time/step_s", "time/generate_s", "time/train_s", "time/sync_s", "sync/gb_per_s", "sync/canary_diff",
-                "train/mismatch_kl", "train/mismatch_abs")  # fmt: skip
+                "train/mismatch_kl", "train/mismatch_abs", "rollout/response_tokens")  # fmt: skip
         report |= {f"runs/{name}/{key}": last[key] for key in kept if key in last}
+        tokens = STEP_ROLLOUTS * last["rollout/response_tokens"]
+        report[f"runs/{name}/generated_tokens_per_s"] = tokens / last["time/generate_s"]
+        report[f"runs/{name}/trained_tokens_per_s"] = tokens / last["time/train_s"]
     return report
 
+
+CHECKS = {
+    "agreement": check_agreement, "trainer": check_trainer, "sync": check_sync, "posterior": check_posterior,
+    "runs": check_runs,
+}  # fmt: skip
 
 if __name__ == "__main__":
     main()
