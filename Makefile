@@ -1,6 +1,6 @@
 # Everything works from a fresh clone: what needs .venv makes it first (scripts/install.sh).
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart simulate bench soak doctor docs test check docker docker-check clean
+.PHONY: help install quickstart simulate bench soak doctor docs test test-all check docker docker-check clean
 
 PYTHON_BIN := .venv/bin/python
 # DeepSpeed and torch look for ninja on the PATH.
@@ -33,6 +33,9 @@ docs: install  ## The guide as a web site, in build/site
 test: install  ## Unit and integration tests; ARGS="-k name" goes to pytest
 	@$(PYTHON_BIN) -m pytest -m "not gpu and not slow" $(ARGS)
 
+test-all: install  ## The slow tests too: hours on two cores; ARGS="-k name" goes to pytest
+	@$(PYTHON_BIN) -m pytest -m "not gpu" $(ARGS)
+
 check: install  ## Lint, format, types and the quick unit tests: under a minute
 	@$(PYTHON_BIN) -m ruff check .
 	@$(PYTHON_BIN) -m ruff format --check .
@@ -42,7 +45,10 @@ check: install  ## Lint, format, types and the quick unit tests: under a minute
 docker:  ## Build the image dpsrl:cpu, or with GPU=1 dpsrl:gpu; ARGS="--build-arg PIP_INDEX_URL=..." goes to docker
 	docker build --file docker/Dockerfile --build-arg DPSRL_EXTRA=$(if $(GPU),gpu,cpu) --tag dpsrl:$(if $(GPU),gpu,cpu) $(ARGS) .
 
-docker-check: install  ## Build the CPU image without Docker and train in it, as root: a quarter of an hour
+docker-test-all: install  ## The slow tests too: hours on two cores; ARGS="-k name" goes to pytest
+	@$(PYTHON_BIN) -m pytest -m "not gpu" $(ARGS)
+
+check: install  ## Build the CPU image without Docker and train in it, as root: a quarter of an hour
 	@$(PYTHON_BIN) scripts/check_image.py $(ARGS)
 
 clean:  ## Remove caches and build outputs; .venv and runs stay

@@ -20,6 +20,7 @@ def test_generation_one_step_ahead_learns_from_the_weights_before_the_last(start
     assert all(0 <= record[f"time/{side}_idle_share"] <= 1 for record in records for side in ("engine", "trainer"))
 
 
+@pytest.mark.slow
 def test_an_early_start_gives_the_same_update(start, single_run, tmp_path):
     run = start.train(tmp_path / "run", *PLAIN, "train.streaming=true", "trainer.micro_batch_tokens=300")
     assert run.returncode == 0, run.output
@@ -28,6 +29,7 @@ def test_an_early_start_gives_the_same_update(start, single_run, tmp_path):
             assert record[f"train/{name}"] == pytest.approx(expected[f"train/{name}"], rel=1e-3, abs=1e-6), name
 
 
+@pytest.mark.slow
 def test_what_still_runs_at_the_end_of_a_step_goes_on_with_the_next_weights(start, tmp_path):
     run = start.train(
         tmp_path / "run", "train.steps=4", "eval.every=2", "rollout.spare_share=0.5", "rollout.max_num_seqs=32",
@@ -44,6 +46,7 @@ def test_what_still_runs_at_the_end_of_a_step_goes_on_with_the_next_weights(star
         carried = moved["carried"]
 
 
+@pytest.mark.slow
 def test_sides_that_share_their_place_take_turns(start, single_run, tmp_path):
     run = start.train(tmp_path / "run", "train.steps=2", "eval.every=2", "cluster.placement=colocate")
     assert run.returncode == 0, run.output

@@ -62,6 +62,7 @@ def test_every_group_is_trained_on_carried_or_dropped_with_a_reason(informed_run
     assert record["rollout/num_trained"] <= record["rollout/num_rollouts"] == 8 * len(groups)
 
 
+@pytest.mark.slow
 def test_a_warm_start_takes_over_the_beliefs_of_a_checkpoint(start, many_run, tmp_path):
     """More prompts than before: those that the earlier run rolled out once are judged by that, the new ones are not."""
     run = start.train(

@@ -1,6 +1,7 @@
 """Real DeepSpeed ranks: one update is the same update however many ranks share it, whatever ZeRO stage they are at."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,6 +66,10 @@ def law(model, prompt: np.ndarray, response: np.ndarray) -> tuple[torch.Tensor, 
     return log_p.gather(1, ids[prompt.size :, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
 
+def slow(*arguments: str) -> Any:
+    return pytest.param(list(arguments), marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def truth() -> tuple[list[TrainGroup], np.ndarray]:
     """The groups, and the update's gradient from one rollout at a time, written out."""
@@ -85,9 +90,9 @@ def truth() -> tuple[list[TrainGroup], np.ndarray]:
     "arguments",
     [
         ["trainer.micro_batch_tokens=1"],  # every rollout alone, nothing shared
-        ["trainer.num_workers=2"],
-        ["trainer.num_workers=2", "trainer.zero_stage=1", "trainer.micro_batch_tokens=150"],
-        ["trainer.num_workers=2", "trainer.zero_stage=2", "trainer.micro_batch_tokens=150"],
+        slow("trainer.num_workers=2"),
+        slow("trainer.num_workers=2", "trainer.zero_stage=1", "trainer.micro_batch_tokens=150"),
+        slow("trainer.num_workers=2", "trainer.zero_stage=2", "trainer.micro_batch_tokens=150"),
         ["trainer.num_workers=2", "trainer.zero_stage=3", "trainer.micro_batch_tokens=150"],
         ["trainer.zero_stage=2", "trainer.offload=optimizer", "trainer.gradient_checkpointing=true"],
     ],
@@ -167,7 +172,7 @@ def test_two_updates_with_clipping_and_a_reference_are_the_same_on_two_ranks(tmp
     assert metrics["reference_kl"] > 1e-6  # and the reference too
 
 
-@pytest.mark.parametrize("arguments", [["trainer.num_workers=2", "trainer.zero_stage=2"], ["trainer.zero_stage=0"]])
+@pytest.mark.parametrize("arguments", [["trainer.num_workers=2", "trainer.zero_stage=2"], slow("trainer.zero_stage=0")])
 def test_bfloat16_trains_to_nearly_the_same(tmp_path, reference, arguments):
     metrics, _ = one_step(tmp_path, "model.dtype=bfloat16", *arguments)
     assert metrics["loss"] == pytest.approx(reference[0]["loss"], abs=0.05)

@@ -120,6 +120,7 @@ def all_of(rollouts, requests):
     return done
 
 
+@pytest.mark.slow
 def test_two_ranks_and_two_engines_hold_equal_bits_after_twenty_syncs(tmp_path, monkeypatch):
     """And a change of one weight, too small for the canary, is found."""
     arguments = [
@@ -185,7 +186,7 @@ def tied_model(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_a_tied_head_follows_its_embedding(tmp_path, monkeypatch, tied_model, dtype):
     arguments = [
         f"model.path={tied_model}",

@@ -167,7 +167,7 @@ def test_at_the_end_the_table_takes_its_place(terminal):
     assert text.count("where the time went") == 1 and text.endswith("report      runs/mine/report.html")
 
 
-@pytest.mark.parametrize("columns", [60, 80])
+@pytest.mark.parametrize("columns", [60, pytest.param(80, marks=pytest.mark.slow)])
 def test_ctrl_c_leaves_a_clean_terminal_and_the_last_step(terminal, columns):
     one = terminal("time.sleep(60)", columns=columns).started()
     os.write(one.leader, b"\x03")

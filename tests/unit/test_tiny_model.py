@@ -79,6 +79,7 @@ def test_chat_template(tokenizer):
     assert whole == "<|system|>s<|user|>3 5 7=15:<|assistant|>3+5+7<|eos|>"
 
 
+@pytest.mark.slow
 def test_pass_rates_are_spread(loaded, tokenizer):
     """Held-out prompts, seeded: room to select (unsolved, mixed, solved) and room to improve."""
     model = loaded[0].eval()

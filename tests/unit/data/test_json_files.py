@@ -103,6 +103,7 @@ def test_a_large_row_is_dropped_by_its_number(tmp_path):
 
 
 @pytest.mark.process
+@pytest.mark.slow
 def test_gigabytes_without_a_newline_fit_into_little_memory(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(LINE % b"1" + b"\n")
