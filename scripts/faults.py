@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -189,13 +190,13 @@ def saves(num_kills: int) -> int:
         checkpoints = folder / "run/checkpoints"
         for kill in range(num_kills):
             before, _ = RunFolder(folder / "run").newest_checkpoint()
-            log = folder / "output.txt"
+            log, started = folder / "output.txt", time.time()
             with log.open("w") as file:
                 run = subprocess.Popen(
                     [sys.executable, "-m", "dpsrl.train", *SMALL, *extra, f"run.dir={folder / 'run'}"],
                     stdout=file, stderr=file,
                 )  # fmt: skip
-                while run.poll() is None and not any(checkpoints.glob("*.tmp")):
+                while run.poll() is None and not is_saving(checkpoints, started):
                     time.sleep(0.001)
                 time.sleep(rng.choice([0.0, rng.uniform(0, 0.02), rng.uniform(0, 0.3)]))
                 left = [path.name for path in checkpoints.iterdir() if path.suffix] if checkpoints.exists() else []
@@ -218,6 +219,15 @@ def saves(num_kills: int) -> int:
     Path("runs/saves.json").write_text(json.dumps(report, indent=1))
     print(results, same_groups, summary["rollouts"])
     return 0 if set(results.values()) == {0} and same_groups and summary["rollouts"]["holds"] else 1
+
+
+def is_saving(checkpoints: Path, since: float) -> bool:
+    """Whether a checkpoint is being written; not one that an earlier kill left unfinished."""
+    for path in checkpoints.glob("*.tmp"):
+        with suppress(FileNotFoundError):  # finished in between
+            if path.stat().st_mtime > since:
+                return True
+    return False
 
 
 def soak(steps: int) -> int:
