@@ -329,7 +329,8 @@ class TrainerPool:
         return self._all("name its host", "node_address")
 
     def connect(self, rollouts: RolloutPool) -> None:
-        (expected, *_) = self._all("list its weights", "weight_metas")
+        # Its first use of vLLM, which takes seconds to load.
+        (expected, *_) = self._all("list its weights", "weight_metas", deadline_s=self.config.run.start_s)
         self.num_weight_bytes = sum(meta.num_bytes for meta in expected)
         width = self.config.rollout.tensor_parallel
         client = SyncClient(rollouts.engines, expected, self.config.run.stall_s, width)
