@@ -21,7 +21,7 @@ from dpsrl.study.figures import draw
 from dpsrl.study.plan import Plan, read_plan
 from dpsrl.study.runs import make_runs, read_record
 from dpsrl.study.tables import COLUMNS, Row, fill, markdown, rows_of
-from dpsrl.sweep import PLAIN
+from dpsrl.sweep import PLAIN, log_of
 from dpsrl.types import UserError
 
 DOCS = Path("docs")
@@ -94,7 +94,8 @@ def study(asked: Asked, console: Console) -> int:
     publish(whole, asked.folder, records, tables, unfinished)
     show(tables, console)
     for name, why in unfinished.items():
-        console.print(f"{name}: {why}", **PLAIN)
+        if why.startswith("failed"):
+            console.print(f"{name}: {why}; its output is {log_of(asked.folder / name)}", **PLAIN)
     console.print(f"{len(records)} of {len(whole.jobs)} runs in {asked.folder}/summary.json", **PLAIN)
     return 1 if unfinished else 0
 

@@ -12,6 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -55,9 +56,10 @@ def make_runs(plan: Plan, folder: Path, console: Console) -> tuple[list[Record],
         bar = progress.add_task("runs", total=len(missing))
         for place, job in enumerate(missing, 1):
             progress.update(bar, description=job.name)
+            busy_share = psutil.cpu_percent(interval=1.0) / 100
             state = make_run(runs, job, folder, console, f"[{place}/{len(missing)}] {job.name}")
             if state == "finished":
-                records[job.name] = keep(folder / job.name, job)
+                records[job.name] = keep(folder / job.name, job, busy_share)
             else:
                 unfinished[job.name] = state
             progress.advance(bar)
@@ -76,11 +78,15 @@ def make_run(runs: Runs, job: Job, folder: Path, console: Console, label: str) -
     return run_one(runs, [sys.executable, "-m", job.program, *job.arguments], run_dir, console, label)
 
 
-def keep(run_dir: Path, job: Job) -> Record:
-    """Writes the record, then removes what it makes needless."""
+def keep(run_dir: Path, job: Job, busy_share: float) -> Record:
+    """Writes the record, then removes what it makes needless.
+
+    busy_share: of all cores, what others used just before the run: its seconds are worth little where that is much.
+    """
     assert is_finished(run_dir)
     record = {
         "setting": job.setting, "method": job.method, "seed": job.seed, "arguments": job.arguments,
+        "busy_share": round(busy_share, 3),
     } | record_of(run_dir)  # fmt: skip
     partial = run_dir / "record.json.new"
     partial.write_text(json.dumps(record, allow_nan=False))
