@@ -42,7 +42,7 @@ def record_of(run_dir: Path) -> dict[str, Any]:
         "num_short": sum(record.get("selection/num_short", 0) for record in steps),
         "num_missing": sum(record.get("rollout/num_missing", 0) for record in steps),
         "seconds": {name: total(steps, f"time/{name}_s") for name in ("generate", "train", "sync", "eval")},
-        "select_ms": total(steps, "time/select_ms") / len(steps),
+        "select_ms": mean(steps, "time/select_ms"),
         "selected": judged_selected(folder.groups),
         "audit": judged_audit(folder),
     }
@@ -70,6 +70,11 @@ def is_average(name: str) -> bool:
 
 def total(steps: list[Record], key: str) -> float:
     return round(sum(record.get(key, 0.0) for record in steps), 3)
+
+
+def mean(steps: list[Record], key: str) -> float | None:
+    values = [record[key] for record in steps if key in record]
+    return round(sum(values) / len(values), 3) if values else None
 
 
 def total_tokens(steps: list[Record]) -> float:
