@@ -65,8 +65,9 @@ def cost_ratio(own: Curves, reference: Curves, share: float) -> float:
     Both are read off curves averaged over seeds, whose noise is a fraction of a single run's; a curve's noise makes it
     reach a target early, the reference's as well.
     """
-    target = share * reference.accuracy_ST[:, -1].mean()
-    costs = [reach(curves.cost_ST.mean(axis=0), curves.accuracy_ST.mean(axis=0), target) for curves in (own, reference)]
+    own_T, reference_T = (curves.accuracy_ST.mean(axis=0) for curves in (own, reference))
+    target = share * reference_T[-1]  # of the curve that is read off, to the last bit, so that it does reach it
+    costs = reach(own.cost_ST.mean(axis=0), own_T, target), reach(reference.cost_ST.mean(axis=0), reference_T, target)
     if costs[1] == 0:
         return math.nan  # reached before the first step: there is nothing to compare
     return costs[0] / costs[1]
@@ -97,6 +98,7 @@ def cost_ratio_interval(own: Curves, reference: Curves, share: float) -> Estimat
     assert len(own.cost_ST) == len(reference.cost_ST)
 
     def of(seeds: np.ndarray) -> float:
-        return cost_ratio(*(Curves(c.cost_ST[seeds], c.accuracy_ST[seeds]) for c in (own, reference)), share)
+        drawn = [Curves(curves.cost_ST[seeds], curves.accuracy_ST[seeds]) for curves in (own, reference)]
+        return cost_ratio(drawn[0], drawn[1], share)
 
     return bootstrap(of, len(own.cost_ST))

@@ -74,6 +74,8 @@ def band(axes: Axes, x_T: np.ndarray, values_ST: np.ndarray, look: dict[str, Any
 
 def accuracy(plan: Plan, records: Sequence[Record]) -> Figure:
     """Held-out accuracy: a row for each setting, over steps, rollouts and time."""
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
     figure, grid = panels(len(plan.methods_of), len(OVER))
     for row, setting in zip(grid, plan.methods_of):
         for axes, (key, words) in zip(row, OVER.items()):
@@ -81,18 +83,15 @@ def accuracy(plan: Plan, records: Sequence[Record]) -> Figure:
                 curves = runs.curves(key, runs.seeds)
                 band(axes, curves.cost_ST.mean(axis=0), curves.accuracy_ST, look, "o")
             axes.set(
-                title=f"{setting}: over {words}", xlabel=words, ylabel="held-out accuracy" if key == "step" else ""
+                title=f"{setting}, over {key}s" if key == "step" else f"{setting}, over {key}",
+                xlabel=words,
+                ylabel="held-out accuracy" if key == "step" else "",
             )
-            axes.xaxis.set_major_locator(max_ticks(4))
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
             plots.widen(axes)
     legend(figure)
     return figure
-
-
-def max_ticks(number: int) -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(nbins=number, integer=True)
 
 
 def mixed(plan: Plan, records: Sequence[Record]) -> Figure:
@@ -148,8 +147,6 @@ def cost(plan: Plan, tables: dict[str, list[Row]]) -> Figure:
             )
         axes.axvline(1.0, color="#BBBBBB", linewidth=1)
         axes.set_yticks(range(len(rows)), [row["method"] for row in rows])
-        axes.set(
-            title=setting, xlabel=f"rollouts to {plan.reference}'s accuracy, over its own", ylim=(-0.5, len(rows) - 0.5)
-        )
+        axes.set(title=setting, xlabel=f"over the rollouts of {plan.reference}", ylim=(-0.5, len(rows) - 0.5))
         axes.set_xlim(left=0)
     return figure

@@ -41,8 +41,8 @@ def train(config: Config) -> None:
     tokenizer = load_tokenizer(config.model.path)
     prompts = training_prompts(config, tokenizer)
     rows = [
-        {"prompt": [{"role": "user", "content": p.text}], "answer": p.answer, "row": row}
-        for row, p in enumerate(prompts)
+        {"prompt": [{"role": "user", "content": prompts[row].text}], "answer": prompts[row].answer, "row": row}
+        for row in range(len(prompts))
     ]
     (benchmark,) = config.eval.benchmarks
     course = Course(

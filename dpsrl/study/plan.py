@@ -67,7 +67,10 @@ def read_plan(name: str, only: dict[str, list[str]] | None = None, num_seeds: in
     if unknown := sorted(raw.keys() - KEYS):
         raise UserError(f"{path}: {unknown[0]!r} is unknown; {nearest(unknown[0], KEYS)}")
     settings = raw["settings"]
-    methods_of = {setting: list(about.get("methods", raw["methods"])) for setting, about in settings.items()}
+    methods_of = {
+        setting: [method for method in raw["methods"] if method not in about.get("without", [])]
+        for setting, about in settings.items()
+    }
     ablated, ablations, ablated_jobs = read_ablations(raw)
     seeds = [*range(raw["seeds"])]
     compared = [(s, m, raw["methods"][m], seeds) for s, methods in methods_of.items() for m in methods]

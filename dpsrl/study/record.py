@@ -89,7 +89,9 @@ def total_tokens(steps: list[Record]) -> float:
 def judged_selected(groups: Path) -> dict[str, float] | None:
     """Brier score and calibration error over all groups that were rolled out; None without predictions."""
     found = calibration(read_history(groups)) if groups.exists() else None
-    return found and {"brier": found.brier, "base_brier": found.base_brier, "calibration_error": found.error}
+    if found is None:
+        return None
+    return {"brier": found.brier, "base_brier": found.base_brier, "calibration_error": found.error}
 
 
 def judged_audit(folder: RunFolder) -> dict[str, Any] | None:

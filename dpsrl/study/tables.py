@@ -10,6 +10,8 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -131,7 +133,7 @@ def selection_row(runs: Runs, ours: Runs) -> Row:
         "ours_minus_it": difference(ours, runs, mixed_share) if ours else None,
     }
     for name in ("coverage", "uses_max", "select_ms"):
-        values = runs.values(lambda r, name=name: r[name])
+        values = runs.values(itemgetter(name))
         row[name] = float(values.mean()) if values.size else None
     brier = runs.values(lambda r: r["selected"] and r["selected"]["brier"])
     row["brier_selected"] = float(brier.mean()) if brier.size else None
@@ -161,12 +163,12 @@ def rows_of(plan: Plan, records: Sequence[Record]) -> dict[str, list[Row]]:
         found = {method: runs_of(records, setting, method) for method in methods}
         found = {method: runs for method, runs in found.items() if runs}
         reference, ours, uniform = (found.get(name, Runs({})) for name in (plan.reference, plan.ours, "uniform"))
-        for kind, row in (
-            ("accuracy", lambda runs, r=reference, u=uniform: accuracy_row(runs, r, u)),
-            ("cost", lambda runs, r=reference: cost_row(runs, r)),
-            ("selection", lambda runs, o=ours: selection_row(runs, o)),
-        ):
-            tables[f"{setting}/{kind}"] = [{"method": method} | row(runs) for method, runs in found.items()]
+        rows = {
+            method: (accuracy_row(runs, reference, uniform), cost_row(runs, reference), selection_row(runs, ours))
+            for method, runs in found.items()
+        }
+        for place, kind in enumerate(("accuracy", "cost", "selection")):
+            tables[f"{setting}/{kind}"] = [{"method": method} | row[place] for method, row in rows.items()]
     for what, variants in plan.ablations.items():
         tables[f"ablations/{what}"] = [
             row for name, of in variants.items() if (row := ablation_row(records, plan.ablated, name, of))
@@ -230,7 +232,7 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
     "cost": {
         "seeds": lambda r: str(r["seeds"]),
         **{
-            f"{cost} to {'95% of ' * (target != 'all')}its accuracy": lambda r, c=cost, t=target: ratio(r, c, t)
+            f"{cost} to {'95% of ' * (target != 'all')}its accuracy": partial(ratio, cost=cost, target=target)
             for target in SHARES
             for cost in COSTS
         },

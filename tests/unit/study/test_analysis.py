@@ -73,6 +73,14 @@ def test_the_cost_ratio_of_straight_lines_is_that_of_their_slopes():
     assert cost_ratio(reference, reference, 1.0) == pytest.approx(1.0)
 
 
+def test_a_reference_reaches_its_own_end_whatever_the_rounding():
+    generator = np.random.default_rng(0)
+    cost = np.tile(np.arange(7.0), (8, 1))
+    for _ in range(200):
+        rising = Curves(cost, np.sort(generator.random((8, 7)), axis=1))
+        assert cost_ratio(rising, rising, 1.0) == 1.0
+
+
 def test_what_never_gets_there_is_censored_not_extrapolated():
     assert cost_ratio(straight([0.01, 0.02]), straight([0.05, 0.05]), 1.0) == np.inf
     estimate = cost_ratio_interval(straight([0.01, 0.02, 0.01]), straight([0.05, 0.05, 0.05]), 1.0)
