@@ -22,6 +22,12 @@ from dpsrl.study.plan import Plan
 
 COSTS = ("rollouts", "seconds", "tokens")
 SHARES = {"all": 1.0, "95%": 0.95}  # of the reference's final accuracy
+FIGURES = {
+    "accuracy": "held-out accuracy over steps, rollouts and seconds",
+    "cost": "rollouts to dynamic sampling's accuracy",
+    "mixed": "mixed share over steps",
+    "calibration": "predicted and realised share of mixed groups",
+}
 Row = dict[str, Any]
 MARKED = re.compile(r"(<!-- study: ([\w/]+) -->\n).*?(<!-- /study -->)", re.DOTALL)
 
@@ -274,9 +280,12 @@ def markdown(name: str, rows: Sequence[Row]) -> str:
 
 
 def fill(page: str, tables: dict[str, list[Row]]) -> str:
-    """The page with each marked table as it is now; marks of tables that there are not stay as they are."""
+    """The page with each marked table and figure as it is now; marks of tables that there are not stay as they are."""
 
     def put(match: re.Match) -> str:
+        kind, _, name = match[2].partition("/")
+        if kind == "figure":
+            return f"{match[1]}\n![{FIGURES[name]}](study/{name}.svg)\n\n{match[3]}"
         rows = tables.get(match[2])
         return match[0] if rows is None else f"{match[1]}\n{markdown(match[2], rows)}\n\n{match[3]}"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dpsrl.study.plan import Plan, read_plan
-from dpsrl.study.tables import COLUMNS, fill, markdown, rows_of
+from dpsrl.study.tables import COLUMNS, FIGURES, fill, markdown, rows_of
 from tests.made_record import made_record
 
 ROOT = Path(__file__).parents[3]
@@ -104,13 +104,13 @@ def test_the_page_says_what_its_runs_say():
     page = (ROOT / "docs/results.md").read_text()
     assert fill(page, tables) == page
     marked = re.findall(r"<!-- study: ([\w/]+) -->", page)
-    assert set(marked) <= tables.keys() and "countdown/cost" in marked
+    assert set(marked) <= tables.keys() | {f"figure/{name}" for name in FIGURES} and "countdown/cost" in marked
 
 
 def test_every_table_of_the_plan_is_on_the_page():
     plan = read_plan("main")
     marked = set(re.findall(r"<!-- study: ([\w/]+) -->", (ROOT / "docs/results.md").read_text()))
     kinds = [kind for kind in COLUMNS if kind != "ablations"]
-    assert marked == {f"{s}/{kind}" for s in plan.methods_of for kind in kinds} | {
-        f"ablations/{w}" for w in plan.ablations
-    }
+    assert marked == {f"figure/{name}" for name in FIGURES} | {
+        f"{s}/{kind}" for s in plan.methods_of for kind in kinds
+    } | {f"ablations/{w}" for w in plan.ablations}
