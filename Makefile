@@ -1,6 +1,6 @@
 # Everything works from a fresh clone: what needs .venv makes it first (scripts/install.sh).
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart simulate bench soak doctor docs test test-all check docker docker-check clean
+.PHONY: help install quickstart simulate bench study soak doctor docs test test-all check docker docker-check clean
 
 PYTHON_BIN := .venv/bin/python
 # DeepSpeed and torch look for ninja on the PATH.
@@ -20,6 +20,9 @@ simulate: install  ## Compare the selection methods on simulated prompts, in a m
 
 bench: install  ## Selection, full steps beside TRL, large data: a quarter of an hour; ARGS="short data" for parts
 	@$(PYTHON_BIN) scripts/bench.py $(ARGS)
+
+study: install  ## What selection brings, by many real runs: hours; study=smoke for minutes, ARGS="seeds=2" for less
+	@$(PYTHON_BIN) -m dpsrl.study $(if $(study),study=$(study)) $(ARGS)
 
 soak: install  ## Hundreds of steps with random faults; ARGS="100" for fewer
 	@$(PYTHON_BIN) scripts/faults.py soak $(ARGS)

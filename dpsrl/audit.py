@@ -14,12 +14,14 @@ MIN_GROUPS = 20  # below this a figure would be noise
 
 
 class Audit:
-    """Owns the draws and the latest WINDOW pairs of (predicted chance of a mixed group, mixed or not)."""
+    """Owns the draws and the latest WINDOW judgements: the predicted chance of a mixed group, whether it was mixed, and
+    whether *partial* had been the likeliest state.
+    """
 
     def __init__(self, num_prompts: int, seed: int) -> None:
         self.num_prompts = num_prompts
         self._num_drawn = 0
-        self._pairs = np.zeros((0, 2))
+        self._judged = np.zeros((0, 3))
         self._seed = seed
 
     def draw(self, num_rows: int, busy: list[int], limit: int) -> list[int]:
@@ -36,14 +38,15 @@ class Audit:
                 rows.append(row)
         return rows
 
-    def record(self, predicted_A: np.ndarray, mixed_A: np.ndarray) -> None:
-        self._pairs = np.concatenate([self._pairs, np.stack([predicted_A, mixed_A], axis=1)])[-WINDOW:]
+    def record(self, predicted_A: np.ndarray, mixed_A: np.ndarray, likeliest_A: np.ndarray) -> None:
+        latest = np.stack([predicted_A, mixed_A, likeliest_A], axis=1)
+        self._judged = np.concatenate([self._judged, latest])[-WINDOW:]
 
     def metrics(self) -> dict[str, float]:
         """Nothing until there are MIN_GROUPS."""
-        if len(self._pairs) < MIN_GROUPS:
+        if len(self._judged) < MIN_GROUPS:
             return {}
-        predicted, mixed = self._pairs.T
+        predicted, mixed, _ = self._judged.T
         return {
             "selection/audit_brier": float(((predicted - mixed) ** 2).mean()),
             "selection/audit_calibration": calibration_error(predicted, mixed),
@@ -51,10 +54,10 @@ class Audit:
         }
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        return {"pairs": self._pairs.copy(), "num_drawn": np.array(self._num_drawn)}
+        return {"judged": self._judged.copy(), "num_drawn": np.array(self._num_drawn)}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        self._pairs, self._num_drawn = np.array(state["pairs"]), int(state["num_drawn"])
+        self._judged, self._num_drawn = np.array(state["judged"]), int(state["num_drawn"])
 
 
 def calibration_error(predicted_A: np.ndarray, mixed_A: np.ndarray) -> float:

@@ -369,6 +369,11 @@ def _inherit_run_config(raw: Any, set_keys: set[str]) -> None:
             OmegaConf.update(raw, name, value_of(run, name))
 
 
+def group_names() -> list[str]:
+    """Folders of presets; `study` has plans of many runs, which no run takes."""
+    return sorted(path.name for path in config_dir().iterdir() if path.is_dir() and path.name != "study")
+
+
 def group_choices(group: str) -> list[str]:
     return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
 
@@ -393,7 +398,7 @@ def parse_override(argument: str) -> Any:
 
 def _check_overrides(arguments: list[str]) -> set[str]:
     """The keys set on the command line; refuses unknown ones and names the nearest known."""
-    groups = {path.name for path in config_dir().iterdir() if path.is_dir()}
+    groups = set(group_names())
     known = [name for name, _ in schema_keys()]
     set_keys = set()
     for argument in arguments:
@@ -594,9 +599,8 @@ def help_text(entry: str) -> str:
     lines = [f"usage: python -m dpsrl.{entry} {first} [group=choice ...] [key=value ...]", ""]
     if entry == "train":
         lines += ["  -m goes through values that are separated by commas, a run for each: -m seed=0,1,2", ""]
-    for path in sorted(config_dir().iterdir()):
-        if path.is_dir():
-            lines.append(f"  {'+' if path.name == 'recipe' else ''}{path.name}={'|'.join(group_choices(path.name))}")
+    for name in group_names():
+        lines.append(f"  {'+' if name == 'recipe' else ''}{name}={'|'.join(group_choices(name))}")
     lines.append("")
     for name, item in schema_keys():
         made: Any = item.default_factory

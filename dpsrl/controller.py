@@ -218,7 +218,8 @@ class Controller:
             metrics["selection/brier"] = float(((partial_B - mixed_B) ** 2).mean())
         if likeliest_B.any():
             metrics["selection/precision"] = float(mixed_B[likeliest_B > 0].mean())
-        self._audit.record(partial_B[audited_B > 0], mixed_B[audited_B > 0])
+        audited = audited_B > 0
+        self._audit.record(partial_B[audited], mixed_B[audited], likeliest_B[audited])
         uses = self.selector.uses()
         if uses.any():
             metrics |= {"selection/uses_mean": float(uses[uses > 0].mean()), "selection/uses_max": float(uses.max())}

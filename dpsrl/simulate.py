@@ -28,34 +28,13 @@ from dpsrl.controller import Controller, Outcome
 from dpsrl.own import is_own, load_own
 from dpsrl.selection import METHODS
 from dpsrl.selection.options import nearest
+from dpsrl.study.analysis import mean_interval
 from dpsrl.types import UserError
 from dpsrl.worlds import WORLDS, World, chance_mixed, rate_of
 
 CLAIRVOYANT = "clairvoyant"
 DYNAMIC = "uniform+mixed"  # DAPO's dynamic sampling
 NUM_JUDGED = 256  # prompts per step drawn at random to judge predictions by, outside the run
-T_95 = (
-    12.71,
-    4.30,
-    3.18,
-    2.78,
-    2.57,
-    2.45,
-    2.36,
-    2.31,
-    2.26,
-    2.23,
-    2.20,
-    2.18,
-    2.16,
-    2.14,
-    2.13,
-    2.12,
-    2.11,
-    2.10,
-    2.09,
-)
-
 USAGE = """usage: python -m dpsrl.simulate [key=value ...]
 
   worlds=a,b        of {worlds}, or my_module:MyWorld (a class or an instance of dpsrl.worlds.World)
@@ -232,7 +211,7 @@ def summarize(results: list[Result], plan: Plan) -> list[dict[str, Any]]:
         for method, runs in of.items():
             shares = np.array([r.mixed_share for r in runs])
             base = np.array([r.mixed_share for r in of[plan.against]]) if plan.against in of else shares * np.nan
-            difference, half_width = paired_interval(shares - base)
+            difference, half_width = mean_interval(shares - base)
             mean = {
                 name: float(np.mean([getattr(r, name) for r in runs]))
                 for name in ("coverage", "brier_random", "brier_selected", "num_groups", "ms_per_step")
@@ -245,14 +224,6 @@ def summarize(results: list[Result], plan: Plan) -> list[dict[str, Any]]:
                 }
             )  # fmt: skip
     return rows
-
-
-def paired_interval(differences: np.ndarray) -> tuple[float, float]:
-    """Mean and half the width of its 95% t-interval; NaN for one pair."""
-    if differences.size < 2:
-        return float(differences.mean()), float("nan")
-    quantile = T_95[differences.size - 2] if differences.size - 2 < len(T_95) else 1.96
-    return float(differences.mean()), float(quantile * differences.std(ddof=1) / np.sqrt(differences.size))
 
 
 # --- what people see --------------------------------------------------------------------------------------

@@ -99,12 +99,22 @@ def check_same_sweep(asked: Plan) -> None:
 
 
 class Runs:
-    """Starts one run at a time, each in a process group of its own, and passes requests to stop on to it."""
+    """Starts one run at a time, each in a process group of its own, and passes requests to stop on to it.
 
-    def __init__(self, asked: Plan, entry: Sequence[str]) -> None:
-        self.asked, self.entry = asked, entry
+    As a context it hears Ctrl-C and SIGTERM.
+    """
+
+    def __init__(self) -> None:
         self.num_stops = 0
         self.process: subprocess.Popen | None = None
+
+    def __enter__(self) -> Runs:
+        self._before = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def stop(self, number: int, frame: object) -> None:
         self.num_stops += 1
@@ -112,15 +122,18 @@ class Runs:
         if self.process:
             self.process.send_signal(STOPS[min(self.num_stops, len(STOPS)) - 1])
 
-    def run(self, name: str) -> int:
-        """The exit code; what it prints goes to `<sweep>/<name>.log`."""
-        folder = self.asked.folder / name
-        command = [*self.entry, *self.asked.arguments(name), f"run.dir={quoted(folder)}", "resume=auto"]
-        with folder.with_name(f"{name}.log").open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, process_group=0)
+    def run(self, command: Sequence[str], folder: Path) -> int:
+        """The exit code of a run in `folder`; what it prints goes to the log beside it."""
+        with log_of(folder).open("ab") as log:
+            whole = [*command, f"run.dir={quoted(folder)}", "resume=auto"]
+            self.process = subprocess.Popen(whole, stdout=log, stderr=subprocess.STDOUT, process_group=0)
             if self.num_stops:  # it came while the process was being started
                 self.process.send_signal(STOPS[0])
             return self.process.wait()
+
+
+def log_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.log")
 
 
 def quoted(folder: Path) -> str:
@@ -134,29 +147,25 @@ def sweep(asked: Plan, console: Console, entry: Sequence[str] = ENTRY) -> int:
     check_same_sweep(asked)
     with RunFolder(asked.folder).lock():
         (asked.folder / "sweep.json").write_text(json.dumps(sorted(asked.shared)))
-        runs, states = Runs(asked, entry), {}
-        before = {number: signal.signal(number, runs.stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        states = {}
+        with Runs() as runs:
             for place, name in enumerate(asked.runs, 1):
-                states[name] = run_one(runs, name, console, f"[{place}/{len(asked.runs)}] {name}")
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+                command, label = [*entry, *asked.arguments(name)], f"[{place}/{len(asked.runs)}] {name}"
+                states[name] = run_one(runs, command, asked.folder / name, console, label)
         conclude(asked, states, console)
     return 0 if all(state == "finished" for state in states.values()) else 1
 
 
-def run_one(runs: Runs, name: str, console: Console, label: str) -> str:
+def run_one(runs: Runs, command: Sequence[str], folder: Path, console: Console, label: str) -> str:
     """How it ended: finished, stopped, not started, or the last line of a run that failed."""
-    folder = runs.asked.folder / name
     if is_finished(folder):
         console.print(f"{label}: finished before", **PLAIN)
         return "finished"
     if runs.num_stops:
         return "not started"
-    log = folder.with_name(f"{name}.log")
+    log = log_of(folder)
     console.print(f"{label}: started, its output is {log}", **PLAIN)
-    code = runs.run(name)
+    code = runs.run(command, folder)
     if is_finished(folder):
         return "finished"
     if runs.num_stops or code == 0:  # somebody asked it to stop

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dpsrl import simulate as module
-from dpsrl.simulate import Plan, find_world, main, paired_interval, parse, simulate
+from dpsrl.simulate import Plan, find_world, main, parse, simulate
 from dpsrl.types import UserError
 from dpsrl.worlds import WORLDS, World, chance_mixed, rate_of
 
@@ -69,12 +69,6 @@ def test_lag_makes_the_rates_old():
     finally:
         del WORLDS["quick"]
     assert shares[0] != shares[1]
-
-
-def test_paired_interval_by_hand():
-    mean, half = paired_interval(np.array([0.1, 0.2, 0.3]))
-    assert (mean, half) == pytest.approx((0.2, 4.30 * 0.1 / np.sqrt(3)))
-    assert np.isnan(paired_interval(np.array([0.1]))[1])
 
 
 def test_the_command_writes_what_it_prints(tmp_path, capsys, monkeypatch):

@@ -1,0 +1,158 @@
+"""`python -m dpsrl.study [study=main] [key=value ...]`: the command, and the files that a study ends with.
+
+The summary, the tables and the figures are drawn anew each time from whatever runs are finished, so that a study can be
+stopped, looked at and taken up again.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from dpsrl.metrics import Record, write_summary
+from dpsrl.run_folder import RunFolder
+from dpsrl.selection.options import nearest
+from dpsrl.study.figures import draw
+from dpsrl.study.plan import Plan, read_plan
+from dpsrl.study.runs import make_runs, read_record
+from dpsrl.study.tables import COLUMNS, Row, fill, markdown, rows_of
+from dpsrl.sweep import PLAIN, log_of
+from dpsrl.types import UserError
+
+DOCS = Path("docs")
+USAGE = """usage: python -m dpsrl.study [key=value ...]
+
+  study=main       a plan in configs/study
+  settings=a,b     these settings of it alone
+  methods=a,b      these methods alone
+  seeds=8          at most so many seeds
+  runs=yes         no: only tables and figures of what is finished, or of docs/study where there are no runs
+  out=             folder of the runs; default runs/study/<study>
+
+Finished runs are not repeated; others go on from their last checkpoint. Ctrl-C saves the run under way and ends."""
+
+
+@dataclass
+class Asked:
+    """What the command line says."""
+
+    study: str = "main"
+    only: dict[str, list[str]] = field(default_factory=dict)
+    seeds: int | None = None
+    makes_runs: bool = True
+    out: str = ""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out or f"runs/study/{self.study}")
+
+
+def parse(arguments: list[str]) -> Asked:
+    asked = Asked()
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if not equals or not value:
+            raise UserError(f"{argument!r} is not of the form key=value")
+        if name in ("study", "out"):
+            setattr(asked, name, value)
+        elif name in ("settings", "methods"):
+            asked.only[name] = value.split(",")
+        elif name == "seeds":
+            if not value.isdigit() or int(value) < 1:
+                raise UserError(f"{argument}: seeds must be a whole number from 1 on")
+            asked.seeds = int(value)
+        elif name == "runs":
+            if value not in ("yes", "no"):
+                raise UserError(f"{argument}: runs must be yes or no")
+            asked.makes_runs = value == "yes"
+        else:
+            raise UserError(
+                f"unknown key {name!r}; {nearest(name, {'study', 'settings', 'methods', 'seeds', 'runs', 'out'})}"
+            )
+    return asked
+
+
+def study(asked: Asked, console: Console) -> int:
+    """0 if all runs that were asked for are finished, else 1."""
+    plan = read_plan(asked.study, asked.only, asked.seeds)
+    unfinished: dict[str, str] = {}
+    if asked.makes_runs:
+        with RunFolder(asked.folder).lock():
+            _, unfinished = make_runs(plan, asked.folder, console)
+    whole = read_plan(asked.study)
+    records = all_records(whole, asked)
+    if not (records or asked.makes_runs):
+        raise UserError(f"{asked.folder} has no finished run, and docs/study/{plan.name}.json is not there: make some")
+    if records:
+        tables = rows_of(whole, records)
+        publish(whole, asked.folder, records, tables, unfinished)
+        show(tables, console)
+    for name, why in unfinished.items():
+        if why.startswith("failed"):
+            console.print(f"{name}: {why}; its output is {log_of(asked.folder / name)}", **PLAIN)
+    console.print(f"{len(records)} of {len(whole.jobs)} runs in {asked.folder}/summary.json", **PLAIN)
+    return 1 if unfinished else 0
+
+
+def all_records(plan: Plan, asked: Asked) -> list[Record]:
+    """Those of every finished run of the plan, asked for or not; where there are no runs, the published ones."""
+    found = [record for job in plan.jobs if (record := read_record(asked.folder, job))]
+    published = DOCS / f"study/{plan.name}.json"
+    if not found and not asked.makes_runs and published.is_file():
+        found = json.loads(published.read_text())["records"]
+    return found
+
+
+def publish(
+    plan: Plan, folder: Path, records: list[Record], tables: dict[str, list[Row]], unfinished: dict[str, str]
+) -> None:
+    """summary.json and figures beside the runs, and, for a study that is published, in docs/ with the tables."""
+    content = {"study": plan.name, "unfinished": unfinished, "tables": tables, "records": records}
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in (folder / "summary.json", Path("runs/study/summary.json")):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_summary(path, content)
+    text = "\n\n".join(f"## {name}\n\n{markdown(name, rows)}" for name, rows in tables.items() if rows)
+    (folder / "tables.md").write_text(text + "\n")
+    draw(plan, records, tables, folder)
+    if plan.publish:
+        data = DOCS / f"study/{plan.name}.json"
+        data.parent.mkdir(parents=True, exist_ok=True)
+        data.write_text(compact(plan, records))
+        draw(plan, records, tables, data.parent)
+        page = DOCS / "results.md"
+        if page.is_file():
+            page.write_text(fill(page.read_text(), tables))
+
+
+def compact(plan: Plan, records: list[Record]) -> str:
+    """A run a line, so that a change of one is a change of one line."""
+    lines = ",\n".join(json.dumps(record, allow_nan=False) for record in records)
+    return f'{{"study": "{plan.name}", "records": [\n{lines}\n]}}\n'
+
+
+def show(tables: dict[str, list[Row]], console: Console) -> None:
+    for name, rows in tables.items():
+        if not rows:
+            continue
+        kind = next(part for part in name.split("/") if part in COLUMNS)
+        table = Table("method", *COLUMNS[kind], title=name, title_justify="left", box=None)
+        for row in rows:
+            table.add_row(row["method"], *(cell(row) if row["seeds"] else "" for cell in COLUMNS[kind].values()))
+        console.print(table)
+
+
+def main(arguments: list[str]) -> int:
+    if set(arguments) & {"-h", "--help"}:
+        print(USAGE)
+        return 0
+    try:
+        return study(parse(arguments), Console())
+    except UserError as error:
+        print(f"dpsrl.study: {error}", file=sys.stderr)
+        return 2

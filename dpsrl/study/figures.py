@@ -1,0 +1,152 @@
+"""The figures of a study from its records: mean over seeds, and a band of one 95% interval around it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dpsrl import plots
+from dpsrl.metrics import Record
+from dpsrl.study.analysis import mean_interval
+from dpsrl.study.plan import Plan
+from dpsrl.study.tables import Row, Runs, runs_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+OVER = {"step": "steps", "rollouts": "rollouts", "seconds": "seconds of training"}
+WIDTH, HEIGHT = 3.6, 2.9  # inches of a panel
+
+
+def draw(plan: Plan, records: Sequence[Record], tables: dict[str, list[Row]], folder: Path) -> None:
+    """accuracy.svg, mixed.svg, calibration.svg and cost.svg into `folder`."""
+    import matplotlib
+
+    with matplotlib.rc_context(plots.STYLE):
+        figures = {
+            "accuracy": accuracy(plan, records),
+            "mixed": mixed(plan, records),
+            "calibration": calibration(plan, records),
+            "cost": cost(plan, tables),
+        }
+        for name, figure in figures.items():
+            (folder / f"{name}.svg").write_text(plots.to_svg(figure, f"study-{name}"))
+
+
+def panels(num_rows: int, num_columns: int) -> tuple[Figure, np.ndarray]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH * num_columns, HEIGHT * num_rows + 0.7), layout="none")
+    return figure, figure.subplots(num_rows, num_columns, squeeze=False)
+
+
+def drawn(plan: Plan, records: Sequence[Record], setting: str) -> Iterator[tuple[str, Runs, dict[str, Any]]]:
+    """Each method that has runs, with its line's look: one look in all figures, the three that matter wider."""
+    everywhere = list(dict.fromkeys(method for methods in plan.methods_of.values() for method in methods))
+    for method in plan.methods_of[setting]:
+        runs = runs_of(records, setting, method)
+        if runs:
+            color, dash = plots.style_of(everywhere.index(method))
+            wide = method in (plan.reference, plan.ours, "uniform")
+            yield method, runs, {"color": color, "linestyle": dash, "linewidth": 2.4 if wide else 1.1, "label": method}
+
+
+def legend(figure: Figure) -> None:
+    """One for all panels, each method once."""
+    found: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels()):
+            found.setdefault(label, handle)
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=6)
+
+
+def band(axes: Axes, x_T: np.ndarray, values_ST: np.ndarray, look: dict[str, Any], marker: str = "") -> None:
+    mean_T, half_T = np.array([mean_interval(column) for column in values_ST.T]).T
+    axes.plot(x_T, mean_T, marker=marker, markersize=3, **look)
+    if np.isfinite(half_T).all() and look["linewidth"] > 2:  # bands of all methods would hide each other
+        axes.fill_between(x_T, mean_T - half_T, mean_T + half_T, color=look["color"], alpha=0.15, linewidth=0)
+
+
+def accuracy(plan: Plan, records: Sequence[Record]) -> Figure:
+    """Held-out accuracy: a row for each setting, over steps, rollouts and time."""
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    figure, grid = panels(len(plan.methods_of), len(OVER))
+    for row, setting in zip(grid, plan.methods_of):
+        for axes, (key, words) in zip(row, OVER.items()):
+            for _, runs, look in drawn(plan, records, setting):
+                curves = runs.curves(key, runs.seeds)
+                band(axes, curves.cost_ST.mean(axis=0), curves.accuracy_ST, look, "o")
+            axes.set(
+                title=f"{setting}, over {key}s" if key == "step" else f"{setting}, over {key}",
+                xlabel=words,
+                ylabel="held-out accuracy" if key == "step" else "",
+            )
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+            plots.widen(axes)
+    legend(figure)
+    return figure
+
+
+def mixed(plan: Plan, records: Sequence[Record]) -> Figure:
+    """Share of generated groups that were mixed, a panel for each setting, smoothed over steps."""
+    figure, grid = panels(1, len(plan.methods_of))
+    for axes, setting in zip(grid[0], plan.methods_of):
+        for _, runs, look in drawn(plan, records, setting):
+            rows = [plots.smooth(np.array(record["mixed_T"])) for record in runs.by_seed.values()]
+            length = min(map(len, rows))
+            if length:
+                band(axes, np.arange(1, length + 1), np.array([row[:length] for row in rows]), look)
+        axes.set(title=setting, xlabel="step", ylim=(0, 1), ylabel="mixed share of generated groups")
+    legend(figure)
+    return figure
+
+
+def calibration(plan: Plan, records: Sequence[Record]) -> Figure:
+    """Predicted against realised share of mixed groups, of prompts drawn at random, all seeds together."""
+    figure, grid = panels(1, len(plan.methods_of))
+    for axes, setting in zip(grid[0], plan.methods_of):
+        axes.plot([0, 1], [0, 1], color="#BBBBBB", linewidth=1)
+        for _, runs, look in drawn(plan, records, setting):
+            audits = [record["audit"] for record in runs.by_seed.values() if record["audit"]]
+            if not audits:
+                continue
+            num, predicted, mixed = (
+                np.sum([a[key] for a in audits], axis=0) for key in ("num_K", "predicted_K", "mixed_K")
+            )
+            enough = num >= 10
+            if enough.sum() > 1:  # else it predicts the same of every prompt
+                axes.plot(
+                    predicted[enough] / num[enough], mixed[enough] / num[enough], marker="o", markersize=3, **look
+                )
+        axes.set(title=setting, xlabel="predicted", ylabel="mixed, of random prompts", xlim=(0, 1), ylim=(0, 1))
+    legend(figure)
+    return figure
+
+
+def cost(plan: Plan, tables: dict[str, list[Row]]) -> Figure:
+    """Rollouts to the reference's final accuracy over the reference's; an arrow where all of them were too few."""
+    figure, grid = panels(1, len(plan.methods_of))
+    for axes, setting in zip(grid[0], plan.methods_of):
+        rows = [row for row in tables[f"{setting}/cost"] if row["seeds"]][::-1]
+        for place, row in enumerate(rows):
+            value, low, high = (math.inf if number is None else number for number in row["rollouts/all"])
+            spent = row["rollouts/spent"]
+            reached = math.isfinite(value)
+            color = plots.RED if row["method"] == plan.ours else plots.BLUE
+            if reached and math.isfinite(low):
+                axes.plot([low, min(high, spent)], [place, place], color=color, linewidth=1.5)
+            axes.plot(
+                min(value, spent), place, "o" if reached else ">", color=color, fillstyle="full" if reached else "none"
+            )
+        axes.axvline(1.0, color="#BBBBBB", linewidth=1)
+        axes.set_yticks(range(len(rows)), [row["method"] for row in rows])
+        axes.set(title=setting, xlabel=f"over the rollouts of {plan.reference}", ylim=(-0.5, len(rows) - 0.5))
+        axes.set_xlim(left=0)
+    return figure

@@ -1,0 +1,120 @@
+"""What a study keeps of a run: one small JSON object, from its folder.
+
+`curve` has a value for each evaluation: step, accuracy, and what training had cost by then, in rollouts, seconds and
+generated tokens. Seconds are those of the steps, without start-up, evaluations and checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpsrl.metrics import EVAL_KEY, Record, read_lines
+from dpsrl.report.history import calibration, read_history
+from dpsrl.run_folder import RunFolder
+
+NUM_BINS = 10
+NOT_TRAINING = ("time/eval_s", "time/checkpoint_s")
+
+
+def record_of(run_dir: Path) -> dict[str, Any]:
+    """Of a finished run whose last checkpoint is still there, where the judged predictions are."""
+    folder = RunFolder(run_dir)
+    records, _ = read_lines(folder.metrics)
+    summary = json.loads(folder.summary.read_text())
+    last = records[-1]
+    steps = [record for record in records if record["step"] > 0]
+    return {
+        "measure": next(iter(summary["eval_measure"].values())),
+        "steps": summary["steps"],
+        "num_rollouts": summary["num_rollouts"],
+        "wall_s": round(summary["wall_s"], 1),
+        "num_restarts": summary.get("num_restarts", 0),
+        "curve": curve(records),
+        "mixed_share": summary["mixed_share"],
+        "mixed_T": [round(record["selection/mixed_share"], 4) for record in steps if "selection/mixed_share" in record],
+        "response_tokens": total_tokens(steps) / summary["num_rollouts"],
+        "coverage": last.get("selection/coverage"),
+        "uses_max": last.get("selection/uses_max"),
+        "num_short": sum(record.get("selection/num_short", 0) for record in steps),
+        "num_missing": sum(record.get("rollout/num_missing", 0) for record in steps),
+        "seconds": {name: total(steps, f"time/{name}_s") for name in ("generate", "train", "sync", "eval")},
+        "select_ms": mean(steps, "time/select_ms"),
+        "selected": judged_selected(folder.groups),
+        "audit": judged_audit(folder),
+    }
+
+
+def curve(records: list[Record]) -> dict[str, list[float]]:
+    """step, accuracy, rollouts, seconds and tokens at each evaluation of the first benchmark."""
+    key = next(name for record in records for name in record if is_average(name))
+    points, rollouts, seconds, tokens = [], 0.0, 0.0, 0.0
+    for record in records:
+        if record["step"] > 0:
+            seconds += record["time/step_s"] - sum(record.get(name, 0.0) for name in NOT_TRAINING)
+        before, rollouts = rollouts, record.get("rollout/num_rollouts", rollouts)
+        tokens += (rollouts - before) * record.get("rollout/response_tokens", 0.0)
+        if key in record:
+            points.append((record["step"], record[key], rollouts, round(seconds, 3), round(tokens)))
+    names = ("step", "accuracy", "rollouts", "seconds", "tokens")
+    return {name: list(values) for name, values in zip(names, zip(*points))}
+
+
+def is_average(name: str) -> bool:
+    match = EVAL_KEY.fullmatch(name)
+    return match is not None and match["measure"] == "avg"
+
+
+def total(steps: list[Record], key: str) -> float:
+    return round(sum(record.get(key, 0.0) for record in steps), 3)
+
+
+def mean(steps: list[Record], key: str) -> float | None:
+    values = [record[key] for record in steps if key in record]
+    return round(sum(values) / len(values), 3) if values else None
+
+
+def total_tokens(steps: list[Record]) -> float:
+    before, tokens = 0.0, 0.0
+    for record in steps:
+        rollouts = record.get("rollout/num_rollouts", before)
+        tokens += (rollouts - before) * record.get("rollout/response_tokens", 0.0)
+        before = rollouts
+    return tokens
+
+
+def judged_selected(groups: Path) -> dict[str, float] | None:
+    """Brier score and calibration error over all groups that were rolled out; None without predictions."""
+    found = calibration(read_history(groups)) if groups.exists() else None
+    if found is None:
+        return None
+    return {"brier": found.brier, "base_brier": found.base_brier, "calibration_error": found.error}
+
+
+def judged_audit(folder: RunFolder) -> dict[str, Any] | None:
+    """Of the prompts that were drawn at random: sums that can be added up over runs. None where none was drawn.
+
+    `num_K`, `predicted_K`, `mixed_K`: groups, and sums of predictions and of mixed ones, in NUM_BINS equal ranges of
+    the prediction. `alarms`: groups whose likeliest state was *partial*; `hits`: of those, mixed ones; `mixed`: all
+    mixed ones. `squared_error`: summed over groups, for the Brier score.
+    """
+    newest = folder.list_checkpoints()[-1:]
+    path = newest[0] / "controller/audit.judged.npy" if newest else None
+    if path is None or not path.exists():
+        return None
+    predicted_A, mixed_A, likeliest_A = np.load(path).T
+    if not predicted_A.size:
+        return None
+    bin_A = np.minimum((predicted_A * NUM_BINS).astype(int), NUM_BINS - 1)
+    return {
+        "num_K": np.bincount(bin_A, minlength=NUM_BINS).tolist(),
+        "predicted_K": np.bincount(bin_A, predicted_A, NUM_BINS).round(4).tolist(),
+        "mixed_K": np.bincount(bin_A, mixed_A, NUM_BINS).astype(int).tolist(),
+        "hits": int((likeliest_A * mixed_A).sum()),
+        "alarms": int(likeliest_A.sum()),
+        "mixed": int(mixed_A.sum()),
+        "squared_error": round(float(((predicted_A - mixed_A) ** 2).sum()), 4),
+    }

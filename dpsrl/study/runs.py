@@ -1,0 +1,98 @@
+"""Makes the runs of a study that are missing, one after another, and keeps their folders small.
+
+A run is finished when its `record.json` is there, which is written last; others go on from their last checkpoint. One
+that fails is told of and does not end the others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from dpsrl.config import load_config
+from dpsrl.metrics import Record
+from dpsrl.study.plan import Job, Plan
+from dpsrl.study.record import record_of
+from dpsrl.sweep import PLAIN, Runs, is_finished, log_of, run_one
+from dpsrl.types import UserError
+
+HOUR_S = 3600.0
+
+
+def read_record(folder: Path, job: Job) -> Record | None:
+    """What was kept of a finished run, None where there is none; UserError where it was made with other settings."""
+    path = folder / job.name / "record.json"
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_text())
+    if record["arguments"] != job.arguments:
+        changed = sorted(set(record["arguments"]) ^ set(job.arguments))
+        raise UserError(
+            f"{path.parent} was made with other settings ({', '.join(changed)}): remove it to have it made again, or "
+            "name another folder by out="
+        )
+    return record
+
+
+def make_runs(plan: Plan, folder: Path, console: Console) -> tuple[list[Record], dict[str, str]]:
+    """The records of all finished runs, in the plan's order, and by name why others are not finished."""
+    records = {job.name: read_record(folder, job) for job in plan.jobs}
+    missing = [job for job in plan.jobs if records[job.name] is None]
+    console.print(f"{plan.name}: {len(plan.jobs)} runs, {len(missing)} to be made, in {folder}", **PLAIN)
+    check(missing)
+    unfinished: dict[str, str] = {}
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    with Runs() as runs, Progress(*columns, console=console, speed_estimate_period=6 * HOUR_S) as progress:
+        bar = progress.add_task("runs", total=len(missing))
+        for place, job in enumerate(missing, 1):
+            progress.update(bar, description=job.name)
+            busy_share = psutil.cpu_percent(interval=1.0) / 100
+            state = make_run(runs, job, folder, console, f"[{place}/{len(missing)}] {job.name}")
+            if state == "finished":
+                records[job.name] = keep(folder / job.name, job, busy_share)
+            else:
+                unfinished[job.name] = state
+            progress.advance(bar)
+    return [record for record in records.values() if record is not None], unfinished
+
+
+def check(jobs: list[Job]) -> None:
+    """UserError where a run would be refused; of runs that differ in their seed alone, one is asked."""
+    for job in {(job.setting, job.method): job for job in jobs}.values():
+        load_config(job.arguments)
+
+
+def make_run(runs: Runs, job: Job, folder: Path, console: Console, label: str) -> str:
+    run_dir = folder / job.name
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    return run_one(runs, [sys.executable, "-m", job.program, *job.arguments], run_dir, console, label)
+
+
+def keep(run_dir: Path, job: Job, busy_share: float) -> Record:
+    """Writes the record, then removes what it makes needless.
+
+    busy_share: of all cores, what others used just before the run: its seconds are worth little where that is much.
+    """
+    assert is_finished(run_dir)
+    record = {
+        "setting": job.setting, "method": job.method, "seed": job.seed, "arguments": job.arguments,
+        "busy_share": round(busy_share, 3),
+    } | record_of(run_dir)  # fmt: skip
+    partial = run_dir / "record.json.new"
+    partial.write_text(json.dumps(record, allow_nan=False))
+    os.replace(partial, run_dir / "record.json")
+    for name in ("checkpoints", "logs"):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
+    for path in (run_dir / "report.html", run_dir / "responses.jsonl", log_of(run_dir)):
+        path.unlink(missing_ok=True)
+    return record

@@ -1,0 +1,183 @@
+"""A study of stand-ins for dpsrl.train: what is made, kept, taken up again, refused."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from dpsrl.study import entry
+from dpsrl.study.plan import Job, Plan, read_plan
+from dpsrl.study.runs import check, make_runs, read_record
+from dpsrl.types import UserError
+
+STAND_IN = """
+import json, pathlib, sys
+import numpy as np
+
+keys = dict(argument.split("=", 1) for argument in sys.argv[1:])
+folder = pathlib.Path(keys["run.dir"].strip("'"))
+with open("started", "a") as file:
+    file.write(f"{keys['selection']}{keys['seed']} ")
+if keys["selection"] == "dps" and keys["seed"] == "0" and not pathlib.Path("mended").exists():
+    sys.exit("dpsrl: it is [broken]")
+(folder / "checkpoints").mkdir(parents=True)
+from dpsrl.checkpoint import write_checkpoint
+write_checkpoint(folder / "checkpoints/step_2", {"controller": lambda to: np.save(
+    to / "audit.judged.npy", np.array([[0.9, 1, 1], [0.8, 0, 1], [0.1, 1, 0], [0.1, 0, 0]]))}, 2, 1, None, {})
+records = [
+    {"step": 0, "eval/countdown/avg@4": 0.2, "eval/countdown/pass@4": 0.9, "time/start_s": 9.0, "time/eval_s": 3.0},
+    {"step": 1, "rollout/num_rollouts": 100, "rollout/response_tokens": 10.0, "selection/mixed_share": 0.5,
+     "selection/coverage": 0.1, "selection/uses_max": 1, "time/step_s": 2.0, "time/select_ms": 4.0,
+     "time/train_s": 1.0},
+    {"step": 2, "eval/countdown/avg@4": 0.4, "rollout/num_rollouts": 400, "rollout/response_tokens": 20.0,
+     "selection/mixed_share": 0.25, "selection/coverage": 0.2, "selection/uses_max": 2, "time/step_s": 8.0,
+     "time/eval_s": 3.0, "time/checkpoint_s": 1.0, "time/select_ms": 2.0, "time/train_s": 1.5},
+]
+(folder / "metrics.jsonl").write_text("".join(json.dumps(record) + chr(10) for record in records))
+(folder / "report.html").write_text("a page")
+from dpsrl.metrics import summarize
+(folder / "summary.json").write_text(json.dumps(summarize(records, 2, 21.0)))
+"""
+METHODS = ["uniform", "dps"]
+
+
+def made_plan(*more):
+    jobs = [
+        Job("easy", method, seed, ["+recipe=quickstart", f"selection={method}", *more, f"seed={seed}"], "stand_in")
+        for seed in (0, 1)
+        for method in METHODS
+    ]
+    return Plan("made", "uniform", "dps", False, {"easy": METHODS}, "", {}, jobs)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    return tmp_path / "runs"
+
+
+def quiet():
+    return Console(quiet=True)
+
+
+@pytest.mark.process
+def test_one_run_fails_the_others_are_made_and_it_is_taken_up_again(folder, tmp_path):
+    records, unfinished = make_runs(made_plan(), folder, quiet())
+    assert (tmp_path / "started").read_text().split() == ["uniform0", "dps0", "uniform1", "dps1"]  # seeds outermost
+    assert unfinished == {"easy/dps/seed_0": "failed: dpsrl: it is [broken]"}
+    assert [(r["method"], r["seed"]) for r in records] == [("uniform", 0), ("uniform", 1), ("dps", 1)]
+    assert (folder / "easy/dps/seed_0.log").read_text().strip() == "dpsrl: it is [broken]"
+    left = sorted(path.name for path in (folder / "easy/uniform/seed_0").iterdir())
+    assert left == ["metrics.jsonl", "record.json", "summary.json"]
+
+    (tmp_path / "mended").touch()
+    records, unfinished = make_runs(made_plan(), folder, quiet())
+    assert (tmp_path / "started").read_text().split()[4:] == ["dps0"] and unfinished == {} and len(records) == 4
+
+
+@pytest.mark.process
+def test_a_finished_run_that_was_not_yet_read_is_read(folder, tmp_path):
+    (tmp_path / "mended").touch()
+    plan = made_plan()
+    make_runs(plan, folder, quiet())
+    record = folder / "easy/uniform/seed_0/record.json"
+    record.unlink()
+    records, unfinished = make_runs(plan, folder, quiet())
+    assert len((tmp_path / "started").read_text().split()) == 4 and unfinished == {} and record.exists()
+    # its checkpoint was gone by then, and with it what was judged
+    assert records[0]["audit"] is None and records[1]["audit"]["alarms"] == 2
+
+
+@pytest.mark.process
+def test_other_settings_in_the_same_folder_are_refused(folder, tmp_path):
+    (tmp_path / "mended").touch()
+    make_runs(made_plan(), folder, quiet())
+    with pytest.raises(UserError, match=re.escape("seed_0 was made with other settings (train.steps=3)")):
+        make_runs(made_plan("train.steps=3"), folder, quiet())
+    with pytest.raises(UserError, match="'train.stepss'"):
+        make_runs(made_plan("train.stepss=3"), tmp_path / "other", quiet())
+
+
+@pytest.mark.process
+def test_the_command_ends_with_a_summary_tables_and_figures(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(entry, "read_plan", lambda *_: made_plan())
+    assert entry.main(["study=made", f"out={folder}"]) == 1
+    printed = capsys.readouterr().out
+    assert "easy/dps/seed_0: failed: dpsrl: it is [broken]" in printed and "3 of 4 runs" in printed
+    summary = json.loads((folder / "summary.json").read_text())
+    assert json.loads((tmp_path / "runs/study/summary.json").read_text()) == summary
+    assert len(summary["records"]) == 3 and summary["unfinished"] == {
+        "easy/dps/seed_0": "failed: dpsrl: it is [broken]"
+    }
+    (row,) = [row for row in summary["tables"]["easy/cost"] if row["method"] == "dps"]
+    assert row["seeds"] == 1 and row["rollouts/all"] == [1.0, None, None]
+    assert "| `uniform` | 2 |" in (folder / "tables.md").read_text()
+    assert {path.name for path in folder.glob("*.svg")} == {"accuracy.svg", "mixed.svg", "calibration.svg", "cost.svg"}
+    (tmp_path / "mended").touch()
+    assert entry.main(["study=made", f"out={folder}"]) == 0
+
+
+@pytest.mark.process
+def test_a_record_by_hand(folder, tmp_path):
+    (tmp_path / "mended").touch()
+    (job, *_) = made_plan().jobs
+    make_runs(Plan("made", "uniform", "dps", False, {"easy": METHODS}, "", {}, [job]), folder, quiet())
+    record = read_record(folder, job)
+    assert record["curve"] == {
+        "step": [0, 2], "accuracy": [0.2, 0.4], "rollouts": [0, 400], "seconds": [0.0, 6.0],  # 2 + 8 - 3 - 1
+        "tokens": [0, 7000],  # 100 x 10 + 300 x 20
+    }  # fmt: skip
+    assert record["response_tokens"] == 17.5 and record["select_ms"] == 3.0 and record["coverage"] == 0.2
+    assert record["mixed_share"] == pytest.approx((100 * 0.5 + 300 * 0.25) / 400) and record["mixed_T"] == [0.5, 0.25]
+    assert record["seconds"] == {"generate": 0, "train": 2.5, "sync": 0, "eval": 3.0} and record["selected"] is None
+    audit = record["audit"]
+    assert (audit["alarms"], audit["hits"], audit["mixed"]) == (2, 1, 2)
+    assert audit["squared_error"] == pytest.approx(0.01 + 0.64 + 0.81 + 0.01)
+    assert audit["num_K"] == [0, 2, 0, 0, 0, 0, 0, 0, 1, 1] and audit["mixed_K"] == [0, 1, 0, 0, 0, 0, 0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("name", ["main", "smoke"])
+def test_a_plan_is_balanced_and_names_each_run_once(name):
+    plan = read_plan(name)
+    names = [job.name for job in plan.jobs]
+    assert len(set(names)) == len(names)
+    seeds = np.array([job.seed for job in plan.jobs])
+    assert (np.diff(seeds) >= 0).all()
+    assert plan.reference in plan.methods_of["countdown"] and plan.ours in plan.methods_of["countdown"]
+    made = {(job.setting, job.method) for job in plan.jobs}
+    assert {(s, m) for s, methods in plan.methods_of.items() for m in methods} <= made
+    assert {(plan.ablated, name) for variants in plan.ablations.values() for name in variants} <= made
+
+
+def test_a_part_of_a_plan():
+    plan = read_plan("main", {"settings": ["hard"], "methods": ["dps", "uniform"]}, 2)
+    assert [job.name for job in plan.jobs] == [
+        "hard/uniform/seed_0", "hard/dps/seed_0", "hard/uniform/seed_1", "hard/dps/seed_1",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["study=mian"], "study=mian does not exist: choose one of main, smoke"),
+        (["methods=dpss"], "methods=dpss is not in this study"),
+        (["seeds=none"], "seeds=none: seeds must be a whole number"),
+        (["steps=3"], "unknown key 'steps'"),
+        (["runs=maybe"], "runs must be yes or no"),
+        (["smoke"], "'smoke' is not of the form key=value"),
+        (["study=smoke", "runs=no"], "has no finished run"),
+    ],
+)
+def test_refused_before_anything_starts(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert entry.main(arguments) == 2
+    assert words in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("name", ["main", "smoke"])
+def test_every_run_of_a_plan_would_be_accepted(name):
+    check(read_plan(name).jobs)
