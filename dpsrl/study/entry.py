@@ -25,16 +25,19 @@ from dpsrl.sweep import PLAIN, log_of
 from dpsrl.types import UserError
 
 DOCS = Path("docs")
+KEYS = {"study", "settings", "methods", "seeds", "runs", "published", "out"}
 USAGE = """usage: python -m dpsrl.study [key=value ...]
 
   study=main       a plan in configs/study
   settings=a,b     these settings of it alone
   methods=a,b      these methods alone
   seeds=8          at most so many seeds
-  runs=yes         no: only tables and figures of what is finished, or of docs/study where there are no runs
+  runs=yes         no: only tables and figures of what is finished
+  published=no     yes: runs whose records are in docs/study are not made again
   out=             folder of the runs; default runs/study/<study>
 
-Finished runs are not repeated; others go on from their last checkpoint. Ctrl-C saves the run under way and ends."""
+Finished runs are not repeated; others go on from their last checkpoint. Ctrl-C saves the run under way and ends.
+Tables and figures take runs that are not finished here from docs/study, as far as it has them."""
 
 
 @dataclass
@@ -45,6 +48,7 @@ class Asked:
     only: dict[str, list[str]] = field(default_factory=dict)
     seeds: int | None = None
     makes_runs: bool = True
+    takes_published: bool = False
     out: str = ""
 
     @property
@@ -66,14 +70,12 @@ def parse(arguments: list[str]) -> Asked:
             if not value.isdigit() or int(value) < 1:
                 raise UserError(f"{argument}: seeds must be a whole number from 1 on")
             asked.seeds = int(value)
-        elif name == "runs":
+        elif name in ("runs", "published"):
             if value not in ("yes", "no"):
-                raise UserError(f"{argument}: runs must be yes or no")
-            asked.makes_runs = value == "yes"
+                raise UserError(f"{argument}: {name} must be yes or no")
+            setattr(asked, {"runs": "makes_runs", "published": "takes_published"}[name], value == "yes")
         else:
-            raise UserError(
-                f"unknown key {name!r}; {nearest(name, {'study', 'settings', 'methods', 'seeds', 'runs', 'out'})}"
-            )
+            raise UserError(f"unknown key {name!r}; {nearest(name, KEYS)}")
     return asked
 
 
@@ -81,11 +83,14 @@ def study(asked: Asked, console: Console) -> int:
     """0 if all runs that were asked for are finished, else 1."""
     plan = read_plan(asked.study, asked.only, asked.seeds)
     unfinished: dict[str, str] = {}
-    if asked.makes_runs:
-        with RunFolder(asked.folder).lock():
-            _, unfinished = make_runs(plan, asked.folder, console)
     whole = read_plan(asked.study)
-    records = all_records(whole, asked)
+    if asked.makes_runs:
+        done = set(published_records(whole)) if asked.takes_published else set()
+        with RunFolder(asked.folder).lock():
+            _, unfinished = make_runs(plan, asked.folder, console, done)
+    own = {job.name: record for job in whole.jobs if (record := read_record(asked.folder, job))}
+    both = published_records(whole) | own
+    records = [both[job.name] for job in whole.jobs if job.name in both]
     if not (records or asked.makes_runs):
         raise UserError(f"{asked.folder} has no finished run, and docs/study/{plan.name}.json is not there: make some")
     if records:
@@ -95,17 +100,18 @@ def study(asked: Asked, console: Console) -> int:
     for name, why in unfinished.items():
         if why.startswith("failed"):
             console.print(f"{name}: {why}; its output is {log_of(asked.folder / name)}", **PLAIN)
-    console.print(f"{len(records)} of {len(whole.jobs)} runs in {asked.folder}/summary.json", **PLAIN)
+    source = f", {len(records) - len(own)} of them as published" if len(records) > len(own) else ""
+    console.print(f"{len(records)} of {len(whole.jobs)} runs in {asked.folder}/summary.json{source}", **PLAIN)
     return 1 if unfinished else 0
 
 
-def all_records(plan: Plan, asked: Asked) -> list[Record]:
-    """Those of every finished run of the plan, asked for or not; where there are no runs, the published ones."""
-    found = [record for job in plan.jobs if (record := read_record(asked.folder, job))]
-    published = DOCS / f"study/{plan.name}.json"
-    if not found and not asked.makes_runs and published.is_file():
-        found = json.loads(published.read_text())["records"]
-    return found
+def published_records(plan: Plan) -> dict[str, Record]:
+    """By job name, those in docs/study that were made with the arguments that the plan has now."""
+    path = DOCS / f"study/{plan.name}.json"
+    if not path.is_file():
+        return {}
+    found = {f"{r['setting']}/{r['method']}/seed_{r['seed']}": r for r in json.loads(path.read_text())["records"]}
+    return {job.name: found[job.name] for job in plan.jobs if found.get(job.name, {}).get("arguments") == job.arguments}
 
 
 def publish(

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Set
 from pathlib import Path
 
 import psutil
@@ -41,10 +42,15 @@ def read_record(folder: Path, job: Job) -> Record | None:
     return record
 
 
-def make_runs(plan: Plan, folder: Path, console: Console) -> tuple[list[Record], dict[str, str]]:
-    """The records of all finished runs, in the plan's order, and by name why others are not finished."""
+def make_runs(
+    plan: Plan, folder: Path, console: Console, done: Set[str] = frozenset()
+) -> tuple[list[Record], dict[str, str]]:
+    """The records of all finished runs, in the plan's order, and by name why others are not finished.
+
+    done: names of jobs that need no run.
+    """
     records = {job.name: read_record(folder, job) for job in plan.jobs}
-    missing = [job for job in plan.jobs if records[job.name] is None]
+    missing = [job for job in plan.jobs if records[job.name] is None and job.name not in done]
     console.print(f"{plan.name}: {len(plan.jobs)} runs, {len(missing)} to be made, in {folder}", **PLAIN)
     check(missing)
     unfinished: dict[str, str] = {}

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -118,6 +119,27 @@ def test_the_command_ends_with_a_summary_tables_and_figures(folder, tmp_path, mo
     assert {path.name for path in folder.glob("*.svg")} == {"accuracy.svg", "mixed.svg", "calibration.svg", "cost.svg"}
     (tmp_path / "mended").touch()
     assert entry.main(["study=made", f"out={folder}"]) == 0
+
+
+@pytest.mark.process
+def test_what_is_published_is_taken_over_and_never_lost(folder, tmp_path, monkeypatch, capsys):
+    plan = made_plan()
+    published = replace(plan, publish=True)
+    monkeypatch.setattr(entry, "read_plan", lambda *_: published)
+    (tmp_path / "mended").touch()
+    assert entry.main(["study=made", f"out={folder}"]) == 0
+    docs = tmp_path / "docs/study/made.json"
+    before = docs.read_text()
+    (tmp_path / "started").unlink()
+    assert entry.main(["study=made", "out=elsewhere", "published=yes"]) == 0
+    assert not (tmp_path / "started").exists() and docs.read_text() == before
+    assert "4 of 4 runs" in (printed := capsys.readouterr().out) and "4 of them as published" in printed
+    mixed = replace(published, jobs=made_plan("train.steps=3").jobs[:1] + plan.jobs[1:])
+    monkeypatch.setattr(entry, "read_plan", lambda *_: mixed)
+    assert entry.main(["study=made", "out=elsewhere", "published=yes"]) == 0
+    assert (tmp_path / "started").read_text() == "uniform0 "  # made anew: its settings are other ones
+    records = json.loads(docs.read_text())["records"]
+    assert [r["arguments"] for r in records] == [job.arguments for job in mixed.jobs]
 
 
 @pytest.mark.process
