@@ -1,4 +1,4 @@
-"""`make bench`: selection, full steps beside TRL's, the start on large data, and what a cluster asks. Writes runs/bench.json.
+"""`make bench`: selection, full steps beside TRL's, large data, and what a cluster asks. Writes runs/bench.json.
 
     python scripts/bench.py [selection] [short] [long] [data] [scale] [keep]
 

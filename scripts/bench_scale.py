@@ -52,8 +52,7 @@ def resident_gib() -> float:
 
 
 def bench_scale(report: dict) -> None:
-    """Beside them: copying 60 bytes a prompt; pickling the same message and back; its tokens and logprobs; a lone call."""
-    os.nice(19 - os.nice(0))
+    """Beside them: copying 60 bytes a prompt; pickling a message and back; its tokens and logprobs; a lone call."""
     for name, (value, baseline) in (controller() | messages()).items():
         report[f"scale/{name}"] = {
             "value": value, "unit": name.rpartition("_")[2], "baseline": baseline, "ratio": value / baseline,
@@ -71,7 +70,7 @@ def keep(report: dict) -> None:
 
 
 def controller() -> dict[str, tuple[float, float]]:
-    """ms of CPU of a step: select, admit and observe; GiB that a controller of ten million prompts takes, after these steps."""
+    """ms of CPU of a step: select, admit and observe; GiB of a controller of ten million prompts after them."""
     source, target = np.ones(60 * NUM_PROMPTS, dtype=np.uint8), np.ones(60 * NUM_PROMPTS, dtype=np.uint8)
     copy_ms = cpu_ms(lambda: np.copyto(target, source))
     found, before, rng = {}, resident_gib(), np.random.default_rng(0)
@@ -100,8 +99,8 @@ def groups(num: int, step: Step) -> list[TrainGroup]:
     return [
         TrainGroup(
             rng.integers(0, 150_000, step.prompt_tokens).astype(np.int32),
-            [rng.integers(0, 150_000, step.response_tokens).astype(np.int32) for _ in range(step.num_rollouts)],
-            [rng.normal(-1, 1, step.response_tokens).astype(np.float32) for _ in range(step.num_rollouts)],
+            [rng.integers(0, 150_000, int(step.response_tokens)).astype(np.int32) for _ in range(step.num_rollouts)],
+            [rng.normal(-1, 1, int(step.response_tokens)).astype(np.float32) for _ in range(step.num_rollouts)],
             rng.normal(0, 1, step.num_rollouts),
         )
         for _ in range(num)
@@ -150,7 +149,9 @@ def messages() -> dict[str, tuple[float, float]]:
         lone_ms, wall_lone_ms = (clock(lambda: each("poll", 0, 1)) for clock in (cpu_ms, wall_ms))
     finally:
         ray.shutdown()
-    pickle_ms = {name: cpu_ms(lambda what=what: pickle.loads(pickle.dumps(what, 5))) for name, (what, _) in sent.items()}
+    pickle_ms = {
+        name: cpu_ms(lambda what=what: pickle.loads(pickle.dumps(what, 5))) for name, (what, _) in sent.items()
+    }
     raw_mb = {"request": 4e-6 * step.prompt_tokens}
     found = {f"{name}_ms": (ms / GROUPS, pickle_ms[name] / GROUPS) for name, (_, ms) in sent.items()}
     for name, (what, _) in sent.items():

@@ -1,8 +1,9 @@
 """`python -m dpsrl.study.scale`: what selection saves on large clusters, and which part gives out first, on paper.
 
-Arithmetic alone, on the constants of docs/study/constants.json, each of which says where it comes from. A step is the sum
-of its parts, on a cluster of which half the GPUs generate and half train (`cluster=gpu8`, `train.max_lag=0`); with more
-GPUs the batch grows, so that each has as much to do as before. Prints the tables and puts them into docs/results.md.
+Arithmetic alone, on the constants of docs/study/constants.json, each of which says where it comes from. A step is the
+sum of its parts, on a cluster of which half the GPUs generate and half train (`cluster=gpu8`, `train.max_lag=0`); with
+more GPUs the batch grows, so that each has as much to do as before. Prints the tables, and puts them into
+docs/results.md.
 """
 
 from __future__ import annotations
@@ -60,22 +61,33 @@ class Step:
     prompts_per_gpu: int = 16
     num_rollouts: int = 8
     prompt_tokens: int = 256
-    response_tokens: int = 2048  # on average
+    response_tokens: float = 2048  # on average
     longest: int = 8192
 
 
 @dataclass(frozen=True)
 class Method:
-    """mixed: share of generated groups; refills: generates until a batch of mixed groups is there, others never do."""
+    """mixed: share of generated groups. refills: generates until there is a batch of mixed groups, all at once or in
+    whole batches, each of which waits for the one before and whose surplus is thrown away. longer: the responses it
+    generates, over uniform sampling's; those of mixed groups, which are trained on, are as long for all.
+    """
 
     name: str
     mixed: float
     refills: bool = False
-    longer: float = 1.0  # responses, over those of uniform sampling
+    whole_batches: bool = False
+    longer: float = 1.0
+
+    @property
+    def rounds(self) -> int:
+        """Of generating in a step, one after the other."""
+        return math.ceil(1 / self.mixed) if self.refills and self.whole_batches else 1
 
     def groups(self, batch: int) -> tuple[float, float]:
         """(generated, mixed and trained on) in a step. The others have no gradient, and the trainer leaves them out."""
-        return (batch / self.mixed, batch) if self.refills else (batch, batch * self.mixed)
+        if not self.refills:
+            return batch, batch * self.mixed
+        return (self.rounds * batch if self.whole_batches else batch / self.mixed), batch
 
 
 MODELS = (
@@ -84,17 +96,22 @@ MODELS = (
     Model("32B", 32.8e9, 64, 5120, 8, gpus_per_engine=4),
 )
 CLUSTERS = (8, 64, 512)
+SAVINGS = (("dps", "dynamic"), ("dps", "uniform"), ("dps, refilled", "dynamic"))  # whose, of whose time
 MIDDLE = MODELS[1], CLUSTERS[1]  # where one input at a time is changed
 ONE_PLACE = ("sync", "select", "controller", "store", "lay_out")  # parts that more GPUs do not make shorter
 WORDS = {
     "generate": "generating", "train": "training", "sync": "the sync", "select": "selection",
-    "controller": "messages to the controller", "store": "the object store", "lay_out": "laying out the update",
+    "controller": "messages to the controller", "store": "moving groups through the object store",
+    "lay_out": "laying out the update",
 }  # fmt: skip
 
 
 def methods(c: Constants) -> dict[str, Method]:
     uniform, dps = c["mixed_share_uniform"], c["mixed_share_dps"]
-    made = (Method("uniform", uniform), Method("dynamic", uniform, refills=True), Method("dps", dps))
+    made = (
+        Method("uniform", uniform), Method("dynamic", uniform, refills=True),
+        Method("dps", dps), Method("dps, refilled", dps, refills=True),
+    )  # fmt: skip
     return {method.name: method for method in made}
 
 
@@ -148,21 +165,21 @@ class Cost:
 
 
 def cost(model: Model, num_gpus: int, method: Method, step: Step, c: Constants, ahead: bool = False) -> Cost:
-    step = replace(step, response_tokens=step.response_tokens * method.longer)
+    longer = replace(step, response_tokens=step.response_tokens * method.longer)
     generated, trained = method.groups(step.prompts_per_gpu * num_gpus)
     engines = max(1.0, num_gpus / 2 / model.gpus_per_engine)
-    generate = generate_s(model, step, generated / engines, c)
+    generate = method.rounds * generate_s(model, longer, generated / method.rounds / engines, c)
     length = step.response_tokens / Step.response_tokens  # constants of messages are of groups as long as Step's
     parts = {
         "generate": generate,
         "train": train_s(model, step, trained / (num_gpus / 2), c),
         "sync": sync_s(model, num_gpus, c),
         "select": select_s(generated, c),
-        # A group that comes back is a call of admit and one of refill; select, observe, trained and occupancy come once.
+        # A group that comes back is a call of admit and one of refill; select, observe, trained, occupancy come once.
         "controller": (2 * generated + 4) * c["call_ms"] / 1e3,
         # Each engine is polled once a second at least, and called once to submit and three times in a sync.
         "store": (
-            generated * (c["request_ms"] + c["rollouts_ms"] * length)
+            generated * (c["request_ms"] + c["rollouts_ms"] * length * method.longer)
             + trained * c["update_ms"] * length
             + engines * (generate + 4) * c["call_ms"]
         ) / 1e3,
@@ -243,18 +260,26 @@ def inputs(entries: dict[str, Any]) -> Lines:
 
 
 def savings(c: Constants) -> Lines:
-    names = methods(c)
-    head = [f"{what}, `{name}`" for what in ("GPU-hours", "hours") for name in names]
-    rows = [["model", "GPUs", *head, "`dps` saves of `dynamic`", "`dps` saves of `uniform`"]]
+    """GPU-hours, and hours in brackets."""
+    rows = [
+        ["model", "GPUs", *(f"`{name}`" for name in methods(c)), *(f"`{own}` saves of `{of}`" for own, of in SAVINGS)]
+    ]
     for model in MODELS:
         for num_gpus in CLUSTERS:
-            costs = {name: cost(model, num_gpus, method, Step(), c) for name, method in names.items()}
+            costs = costs_of(model, num_gpus, c)
             rows.append([
                 model.name, f"{num_gpus}{'' if fits(model, num_gpus, c) else ' (does not fit)'}",
-                *(f"{one.gpu_hours:.2f}" for one in costs.values()), *(f"{one.hours:.3g}" for one in costs.values()),
-                f"{saving(costs['dps'], costs['dynamic']):.1%}", f"{saving(costs['dps'], costs['uniform']):.1%}",
+                *(f"{one.gpu_hours:.2f} ({one.hours:.3g})" for one in costs.values()), *saved(costs),
             ])  # fmt: skip
     return rows
+
+
+def costs_of(model: Model, num_gpus: int, c: Constants) -> dict[str, Cost]:
+    return {name: cost(model, num_gpus, method, Step(), c) for name, method in methods(c).items()}
+
+
+def saved(costs: dict[str, Cost]) -> list[str]:
+    return [f"{round(saving(costs[own], costs[of]), 3) + 0.0:.1%}" for own, of in SAVINGS]  # without "-0.0%"
 
 
 def parts(c: Constants) -> Lines:
@@ -279,58 +304,72 @@ def limits(c: Constants) -> Lines:
 
 
 def sentences(c: Constants) -> list[str]:
-    """One for each model: its largest part, and which of the others becomes the limit first."""
+    """What is saved; for each model its largest part and which part becomes the limit; and what never does."""
     made = []
+    for own, of in SAVINGS:
+        cells = [costs_of(model, num_gpus, c) for model in MODELS for num_gpus in CLUSTERS]
+        low, *_, high = sorted(saving(cell[own], cell[of]) for cell in cells)
+        made.append(f"`{own}` saves {low:.0%} to {high:.0%} of the time of `{of}`.")
     for model in MODELS:
-        one = cost(model, CLUSTERS[-1], methods(c)["dps"], Step(), c)
-        largest = max(one.parts, key=one.share)
-        first = min(ONE_PLACE, key=lambda part: (limit_gpus(model, part, c), -one.share(part)))
-        size = limit_gpus(model, first, c)
-        when = "none of the others reaches a tenth of a step" if math.isinf(size) else (
-            f"of what more GPUs do not shorten, {WORDS[first]} is the first to pass a tenth of a step, at {size:,} GPUs"
-        )  # fmt: skip
+        costs = {n: cost(model, n, methods(c)["dps"], Step(), c) for n in (CLUSTERS[0], CLUSTERS[-1])}
+        largest = {n: max(one.parts, key=one.share) for n, one in costs.items()}
+        at = " and ".join(f"{WORDS[part]} on {n} GPUs ({costs[n].share(part):.0%})" for n, part in largest.items())
+        sizes = sorted((limit_gpus(model, part, c), -costs[CLUSTERS[-1]].share(part), part) for part in ONE_PLACE)
+        passing = [f"{WORDS[part]} at {size:,} GPUs" for size, _, part in sizes if math.isfinite(size)]
+        order = ", then by ".join(passing) or "none of it"
         made.append(
-            f"**{model.name}:** {WORDS[largest]} is the largest part ({one.share(largest):.0%} of a step on "
-            f"{CLUSTERS[-1]} GPUs, where {WORDS[first]} has {one.share(first):.1%}); {when}."
+            f"**{model.name}:** largest is {at}. Of what more GPUs do not shorten, more than a tenth of a step "
+            f"is taken by {order}."
         )
+    gb = store_gb(methods(c)["dps"], CLUSTERS[-1], c)
+    made.append(
+        f"A step on {CLUSTERS[-1]} GPUs moves {gb:.1f} GB through the object store, {gb / c['object_store_gb']:.0%} of "
+        f"what Ray gives it at most; the controller of ten million prompts takes {c['controller_gib']:.2f} GiB. The "
+        f"driver made {1e3 / c['call_wall_ms']:,.0f} small calls a second where everything shared two cores, and its "
+        f"own CPU time would allow {1e3 / c['call_ms']:,.0f}."
+    )
     return made
 
 
 def sensitivity(c: Constants) -> Lines:
-    """What dps saves in the middle of the table when one input is another."""
+    """What is saved in the middle of the table when one input is another."""
     model, num_gpus = MIDDLE
-    base = methods(c)
+    uniform = c["mixed_share_uniform"]
 
-    def row(what: str, changed: Constants | None = None, step: Step | None = None, **change: Any) -> list[str]:
-        longer, ahead = change.get("longer", 1.0), change.get("ahead", False)
-        constants = c | (changed or {})
+    def row(
+        what: str, constants: Constants | None = None, step: Step | None = None, ahead: bool = False,
+        dps: dict[str, Any] | None = None, dynamic: dict[str, Any] | None = None,
+    ) -> list[str]:  # fmt: skip
+        changed = {"dps": dps or {}, "dps, refilled": dps or {}, "dynamic": dynamic or {}}
         costs = {
             name: cost(
-                model, num_gpus, replace(method, longer=longer if name == "dps" else 1.0), step or Step(), constants, ahead
+                model, num_gpus, replace(method, **changed.get(name, {})), step or Step(), c | (constants or {}), ahead
             )
-            for name, method in methods(constants).items()
+            for name, method in methods(c | (constants or {})).items()
         }
-        saved = [f"{saving(costs['dps'], costs[name]):.1%}" for name in ("dynamic", "uniform")]
-        return [what, f"{costs['dps'].share('generate'):.0%}", f"{costs['dps'].gpu_hours:.2f}", *saved]
+        return [what, f"{costs['dps'].share('generate'):.0%}", f"{costs['dps'].gpu_hours:.2f}", *saved(costs)]
 
+    nothing = {name: 0.0 for name in c if name.endswith("_ms") or name == "sync_fixed_s"}
+    nothing |= dict.fromkeys(("nvlink_gb_per_s", "network_gb_per_s", "copy_gb_per_s"), math.inf)
     return [
         ["what is changed", "generating, of a step of `dps`", "GPU-hours, `dps`",
-         "`dps` saves of `dynamic`", "`dps` saves of `uniform`"],
+         *(f"`{own}` saves of `{of}`" for own, of in SAVINGS)],
         row("nothing"),
         row("responses of 1,024 tokens, the longest 4,096", step=Step(response_tokens=1024, longest=4096)),
         row("responses of 4,096 tokens, the longest 16,384", step=Step(response_tokens=4096, longest=16_384)),
-        row("no long tail: every response has 2,048", step=Step(longest=2048)),
-        row("responses of `dps` 30% longer", longer=1.3),
-        row("`uniform` has half as many mixed groups", {"mixed_share_uniform": base["uniform"].mixed / 2}),
+        row("no long tail: every response has 2,048", step=Step(longest=Step.response_tokens)),
+        row("`dps` generates responses 30% longer", dps={"longer": 1.3}),
+        row("`uniform` has half as many mixed groups", {"mixed_share_uniform": uniform / 2}),
         row("`dps` has 0.9 of its groups mixed, as the paper says", {"mixed_share_dps": 0.9}),
-        row("`dps` chooses no better than `uniform`", {"mixed_share_dps": base["uniform"].mixed}),
+        row("`dps` chooses no better than `uniform`", {"mixed_share_dps": uniform}),
+        row("`dynamic` in whole batches, one after the other, as in the paper", dynamic={"whole_batches": True}),
         row("generating at a fifth of the bandwidth", {"generate_share_of_bandwidth": 0.2}),
         row("training at 40% of peak", {"train_share_of_peak": 0.4}),
         row("both", {"generate_share_of_bandwidth": 0.2, "train_share_of_peak": 0.4}),
+        row("both, and `dynamic` in whole batches", {"generate_share_of_bandwidth": 0.2, "train_share_of_peak": 0.4},
+            dynamic={"whole_batches": True}),
         row("generating one step ahead (`train.max_lag=1`)", ahead=True),
-        row("all of it done at once: no sync, messages or selection", {
-            name: 0.0 for name in c if name.endswith("_ms") or name == "sync_fixed_s"
-        } | {name: math.inf for name in ("nvlink_gb_per_s", "network_gb_per_s", "copy_gb_per_s")}),
+        row("no sync, messages or selection", nothing),
     ]  # fmt: skip
 
 
@@ -355,19 +394,29 @@ def markdown(lines: Lines) -> str:
     return "\n".join([head, "|---" * len(lines[0]) + "|", *rows])
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
+    if arguments:
+        print(__doc__)
+        return 0 if arguments[0] in ("-h", "--help") else 2
+    if not CONSTANTS.is_file():
+        print(f"dpsrl.study.scale: {CONSTANTS} is not here: run this in a clone's first folder", file=sys.stderr)
+        return 2
     entries = json.loads(CONSTANTS.read_text())
     console = Console()
     for name, (head, *rows) in tables(entries).items():
-        table = Table(*(column.replace("`", "") for column in head), title=name, title_justify="left", box=None)
+        table = Table(*map(plain, head), title=name, title_justify="left", box=None)
         for row in rows:
-            table.add_row(*(cell.replace("`", "") for cell in row))
+            table.add_row(*map(plain, row))
         console.print(table)
     for sentence in sentences({name: entry["value"] for name, entry in entries.items()}):
-        console.print(sentence.replace("**", ""), highlight=False, soft_wrap=True)
+        console.print(plain(sentence), highlight=False, markup=False, soft_wrap=True)
     PAGE.write_text(fill(PAGE.read_text(), entries))
     return 0
 
 
+def plain(text: str) -> str:
+    return text.replace("`", "").replace("**", "")
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

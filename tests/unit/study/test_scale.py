@@ -30,7 +30,10 @@ NO_OVERHEAD = {name: 0.0 for name in EASY if name.endswith("_ms") or name == "sy
 
 
 def test_generating_reads_weights_once_a_decoding_step_and_the_cache_once_a_token():
-    weights, cache = 30 * 2e6, 8 * 20 * 20 * 1024  # 30 steps; 8 rollouts x 20 tokens x 20 in the cache, 1,024 bytes each
+    weights, cache = (
+        30 * 2e6,
+        8 * 20 * 20 * 1024,
+    )  # 30 steps; 8 rollouts x 20 tokens x 20 in the cache, 1,024 bytes each
     assert scale.generate_s(TINY, STEP, 4, EASY) == pytest.approx((weights + cache) / 1e9)
     # Forty rollouts, eight at once: 40 x 20 / 8 = 100 decoding steps.
     assert scale.generate_s(TINY, STEP, 20, EASY) == pytest.approx((100 * 2e6 + 40 * 400 * 1024) / 1e9)
@@ -83,6 +86,21 @@ def test_hours_and_gpu_hours_of_a_thousand_groups():
 def test_what_a_method_generates_and_trains_on():
     assert Method("dynamic", 0.25, refills=True).groups(128) == (512, 128)
     assert Method("dps", 0.5).groups(128) == (128, 64)
+    paper = Method("dynamic", 0.3, refills=True, whole_batches=True)
+    assert paper.rounds == 4 and paper.groups(128) == (512, 128)
+
+
+def test_whole_batches_pay_for_the_longest_response_each_time():
+    once, paper = (Method("dynamic", 0.25, refills=True, whole_batches=whole) for whole in (False, True))
+    costs = [scale.cost(TINY, 8, method, STEP, EASY | {"max_num_seqs": 1e9}) for method in (once, paper)]
+    cache = 32 * 20 * 20 * 1024  # of an engine: 64 groups on four, two rollouts each
+    assert [one.parts["generate"] for one in costs] == pytest.approx([(n * 30 * 2e6 + cache) / 1e9 for n in (1, 4)])
+
+
+def test_longer_responses_are_generated_and_not_trained_on():
+    plain, longer = (scale.cost(TINY, 8, Method("dps", 0.5, longer=by), STEP, EASY) for by in (1.0, 1.5))
+    assert longer.parts["generate"] > plain.parts["generate"] and longer.parts["store"] > plain.parts["store"]
+    assert all(longer.parts[part] == plain.parts[part] for part in ("train", "lay_out", "select", "sync"))
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
