@@ -62,7 +62,7 @@ class Step:
     num_rollouts: int = 8
     prompt_tokens: int = 256
     response_tokens: float = 2048  # on average
-    longest: int = 8192
+    longest: float = 8192
 
 
 @dataclass(frozen=True)
