@@ -48,10 +48,7 @@ check: install  ## Lint, format, types and the quick unit tests: under a minute
 docker:  ## Build the image dpsrl:cpu, or with GPU=1 dpsrl:gpu; ARGS="--build-arg PIP_INDEX_URL=..." goes to docker
 	docker build --file docker/Dockerfile --build-arg DPSRL_EXTRA=$(if $(GPU),gpu,cpu) --tag dpsrl:$(if $(GPU),gpu,cpu) $(ARGS) .
 
-docker-test-all: install  ## The slow tests too: hours on two cores; ARGS="-k name" goes to pytest
-	@$(PYTHON_BIN) -m pytest -m "not gpu" $(ARGS)
-
-check: install  ## Build the CPU image without Docker and train in it, as root: a quarter of an hour
+docker-check: install  ## Build the CPU image without Docker and train in it, as root: a quarter of an hour
 	@$(PYTHON_BIN) scripts/check_image.py $(ARGS)
 
 clean:  ## Remove caches and build outputs; .venv and runs stay

@@ -1,6 +1,6 @@
-"""`make bench`: selection, full training steps beside TRL's, and the start on large data. Writes runs/bench.json.
+"""`make bench`: selection, full steps beside TRL's, large data, and what a cluster asks. Writes runs/bench.json.
 
-    python scripts/bench.py [selection] [short] [long] [data] [keep]
+    python scripts/bench.py [selection] [short] [long] [data] [scale] [keep]
 
 Selection is measured beside copying 60 bytes a prompt in the same process: what a dense float32 copy of DPS's belief
 takes (9 counts, posterior, prior). A step that touched every prompt once could not be faster than reading and writing
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import bench_data
+import bench_scale
 import bench_step
 import numpy as np
 from rich.console import Console
@@ -117,6 +118,7 @@ PARTS = {
     "short": lambda report: bench_step.race_to_report(report, "short"),
     "long": lambda report: bench_step.race_to_report(report, "long"),
     "data": lambda report: bench_data.bench_data(report, 10_000_000),
+    "scale": bench_scale.bench_scale,
 }
 
 
@@ -139,6 +141,7 @@ def main(arguments: list[str]) -> None:
     print("written to runs/bench.json")
     if "keep" in arguments:
         BASELINE.write_text(json.dumps(kept | {name: round(row["ratio"], 4) for name, row in report.items()}, indent=1))
+        bench_scale.keep(report)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,12 @@ pytestmark = pytest.mark.process
 ALL = [pytest.param(line, id=f"{page.relative_to(ROOT)}: {line[:60]}") for page in PAGES for line in commands(page)]
 
 
+def test_every_target_of_make_has_one_rule():
+    text = (ROOT / "Makefile").read_text()
+    rules = re.findall(r"^([a-z-]+):", text, flags=re.M)
+    assert sorted(rules) == sorted(re.search(r"^\.PHONY: (.*)$", text, flags=re.M)[1].split())
+
+
 def test_there_are_commands_to_check():
     assert len(ALL) > 20
 
