@@ -34,7 +34,7 @@ FACTS_OF = {  # what else is asked of a package while it is loaded
 }
 # Packages that not every run needs, and what does.
 OPTIONAL = {
-    "wandb": "log.wandb=true needs it",
+    "wandb": "log.to=[wandb] needs it",
     "datasets": "data sets of the Hugging Face hub need it",
     "ninja": "trainer.offload and trainer.compile need it",
 }

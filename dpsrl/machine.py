@@ -194,7 +194,7 @@ def wandb_login() -> Finding:
     elif os.environ.get("WANDB_API_KEY") or "wandb" in netrc:
         words = "logged in"
     else:
-        words = "not logged in: before log.wandb=true, run wandb login or set WANDB_MODE=offline"
+        words = "not logged in: before log.to=[wandb], run wandb login or set WANDB_MODE=offline"
     return _row("wandb login", OK, words)
 
 
