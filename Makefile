@@ -39,7 +39,7 @@ test: install  ## Unit and integration tests; ARGS="-k name" goes to pytest
 test-all: install  ## The slow tests too: hours on two cores; ARGS="-k name" goes to pytest
 	@$(PYTHON_BIN) -m pytest -m "not gpu" $(ARGS)
 
-check: install  ## Lint, format, types and the quick unit tests: under a minute
+check: install  ## Lint, format, types and the quick unit tests: three minutes
 	@$(PYTHON_BIN) -m ruff check .
 	@$(PYTHON_BIN) -m ruff format --check .
 	@$(PYTHON_BIN) -m mypy
@@ -48,7 +48,7 @@ check: install  ## Lint, format, types and the quick unit tests: under a minute
 docker:  ## Build the image dpsrl:cpu, or with GPU=1 dpsrl:gpu; ARGS="--build-arg PIP_INDEX_URL=..." goes to docker
 	docker build --file docker/Dockerfile --build-arg DPSRL_EXTRA=$(if $(GPU),gpu,cpu) --tag dpsrl:$(if $(GPU),gpu,cpu) $(ARGS) .
 
-docker-check: install  ## Build the CPU image without Docker and train in it, as root: a quarter of an hour
+docker-check: install  ## Build the CPU image without Docker and train in it, as root: half an hour
 	@$(PYTHON_BIN) scripts/check_image.py $(ARGS)
 
 clean:  ## Remove caches and build outputs; .venv and runs stay

@@ -4,7 +4,7 @@
 
 Where no image registry can be reached, debootstrap makes the root that Debian's images are made from, out of the
 package mirror that this machine uses, and buildah builds docker/Dockerfile on it. pip's mirrors are this machine's too:
-they are handed in as a secret, and folders of packages are mounted. Needs root, 15 GB of disk and a quarter of an hour.
+they are handed in as a secret, and folders of packages are mounted. Needs root, 15 GB of disk and half an hour.
 """
 
 from __future__ import annotations
