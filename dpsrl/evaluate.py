@@ -22,6 +22,7 @@ from dpsrl.cluster import Cluster, StallError
 from dpsrl.config import Config, help_text, is_countdown, load_config
 from dpsrl.data.build import benchmark_prompts, load_tokenizer
 from dpsrl.data.prompts import PromptSet
+from dpsrl.exits import code_of
 from dpsrl.groups import EVALUATION, GroupStream
 from dpsrl.installed import check_installed
 from dpsrl.pools import RolloutPool, transfer_backend
@@ -184,14 +185,10 @@ def pass_at(solved_N: np.ndarray, scored_N: np.ndarray) -> dict[int, float]:
 def exit_code(program: str, action: Callable[[], None]) -> int:
     """0, or what an entry ends with: 2 after one sentence for a mistake or a stall, 130 after Ctrl-C."""
     try:
-        action()
-    except (UserError, StallError, CheckpointError) as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        return 2
+        return code_of(program, action, (UserError, StallError, CheckpointError))
     except KeyboardInterrupt:
         print(f"{program}: interrupted; everything that was started has ended", file=sys.stderr)
         return 130
-    return 0
 
 
 def main(arguments: list[str]) -> int:

@@ -25,6 +25,7 @@ from rich.table import Table
 
 from dpsrl import plots
 from dpsrl.controller import Controller, Outcome
+from dpsrl.exits import code_of
 from dpsrl.own import is_own, load_own
 from dpsrl.selection import METHODS
 from dpsrl.selection.options import nearest
@@ -346,12 +347,11 @@ def main(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(USAGE.format(worlds=", ".join(WORLDS), methods=", ".join([*METHODS, DYNAMIC, CLAIRVOYANT])))
         return 0
-    try:
+
+    def simulate() -> None:
         run(parse(arguments), Console())
-    except UserError as error:
-        print(f"dpsrl.simulate: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return code_of("dpsrl.simulate", simulate)
 
 
 if __name__ == "__main__":

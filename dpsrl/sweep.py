@@ -27,6 +27,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dpsrl.config import load_config, parse_override
+from dpsrl.exits import code_of
 from dpsrl.report import Run, load_run, write_page
 from dpsrl.run_folder import RunFolder
 from dpsrl.screen import duration
@@ -207,15 +208,15 @@ def cells_of(run: Run) -> tuple[str, ...]:
 
 def main(arguments: list[str], entry: Sequence[str] = ENTRY) -> int:
     """1 where a run is not finished, 2 where none could be started. dry_run=true checks each and prints its plan."""
-    try:
+
+    def started() -> int:
         asked = plan([argument for argument in arguments if argument not in FLAGS])
         if "dry_run=true" in asked.shared:
             checks = [[*entry, *asked.arguments(name)] for name in asked.runs]
             return max(subprocess.run(check, check=False).returncode for check in checks)
         return sweep(asked, Console(), entry)
-    except UserError as error:
-        print(f"dpsrl.sweep: {error}", file=sys.stderr)
-        return 2
+
+    return code_of("dpsrl.sweep", started)
 
 
 if __name__ == "__main__":

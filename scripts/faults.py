@@ -114,10 +114,9 @@ def run_with(plan: dict[str, tuple[str, str, str]], folder: Path, steps: int, ex
     plan_file.write_text(json.dumps(plan))
     command = [sys.executable, __file__, "worker", str(plan_file), *SMALL, f"run.dir={folder / 'run'}",
                f"train.steps={steps}", *extra]  # fmt: skip
-    codes, output = [], ""
+    codes, output, env = [], "", os.environ | {MARK: str(folder)}
     expected_kills = sum(cell[0] == "driver" and cell[2] == "SIGKILL" for cell in plan.values())
     while not codes or (codes[-1] == -signal.SIGKILL and len(codes) <= expected_kills):
-        env = os.environ | {MARK: str(folder)}
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
         codes.append(done.returncode)
         output += done.stdout + done.stderr

@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpsrl.algo.packing import MicroBatch, lay_out
+from dpsrl.metrics import read_lines
 from dpsrl.policy import Policy, has_flash_attention, load_policy, packed_batch
 from dpsrl.types import TrainGroup
 
@@ -279,7 +280,7 @@ def check_runs(device: torch.device, folder: Path) -> dict:
         if done.returncode:
             report[f"runs/{name}/output"] = done.stdout[-500:] + done.stderr[-1500:]
             continue
-        last = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()][-1]
+        last = read_lines(run_dir / "metrics.jsonl")[0][-1]
         kept = ("time/step_s", "time/generate_s", "time/train_s", "time/sync_s", "sync/gb_per_s", "sync/canary_diff",
                 "train/mismatch_kl", "train/mismatch_abs", "rollout/response_tokens")  # fmt: skip
         report |= {f"runs/{name}/{key}": last[key] for key in kept if key in last}

@@ -7,20 +7,20 @@ stopped, looked at and taken up again.
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from dpsrl.exits import code_of
 from dpsrl.metrics import Record, write_summary
 from dpsrl.run_folder import RunFolder
 from dpsrl.selection.options import nearest
 from dpsrl.study.figures import draw
 from dpsrl.study.plan import Plan, read_plan
 from dpsrl.study.runs import make_runs, read_record
-from dpsrl.study.tables import COLUMNS, Row, fill, markdown, rows_of
+from dpsrl.study.tables import Row, cells, fill, markdown, rows_of
 from dpsrl.sweep import PLAIN, log_of
 from dpsrl.types import UserError
 
@@ -84,12 +84,12 @@ def study(asked: Asked, console: Console) -> int:
     plan = read_plan(asked.study, asked.only, asked.seeds)
     unfinished: dict[str, str] = {}
     whole = read_plan(asked.study)
+    published = published_records(whole)
     if asked.makes_runs:
-        done = set(published_records(whole)) if asked.takes_published else set()
         with RunFolder(asked.folder).lock():
-            _, unfinished = make_runs(plan, asked.folder, console, done)
+            unfinished = make_runs(plan, asked.folder, console, published if asked.takes_published else ())
     own = {job.name: record for job in whole.jobs if (record := read_record(asked.folder, job))}
-    both = published_records(whole) | own
+    both = published | own
     records = [both[job.name] for job in whole.jobs if job.name in both]
     if not (records or asked.makes_runs):
         raise UserError(f"{asked.folder} has no finished run, and docs/study/{plan.name}.json is not there: make some")
@@ -146,10 +146,10 @@ def show(tables: dict[str, list[Row]], console: Console) -> None:
     for name, rows in tables.items():
         if not rows:
             continue
-        kind = next(part for part in name.split("/") if part in COLUMNS)
-        table = Table("method", *COLUMNS[kind], title=name, title_justify="left", box=None)
-        for row in rows:
-            table.add_row(row["method"], *(cell(row) if row["seeds"] else "" for cell in COLUMNS[kind].values()))
+        columns, filled = cells(name, rows)
+        table = Table("method", *columns, title=name, title_justify="left", box=None)
+        for row, line in zip(rows, filled, strict=True):
+            table.add_row(row["method"], *line)
         console.print(table)
 
 
@@ -157,8 +157,4 @@ def main(arguments: list[str]) -> int:
     if set(arguments) & {"-h", "--help"}:
         print(USAGE)
         return 0
-    try:
-        return study(parse(arguments), Console())
-    except UserError as error:
-        print(f"dpsrl.study: {error}", file=sys.stderr)
-        return 2
+    return code_of("dpsrl.study", lambda: study(parse(arguments), Console()))

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from dpsrl.config import Config, load_config
+from dpsrl.exits import code_of
 from dpsrl.metrics import Metrics, read_lines, summarize, write_summary
 from dpsrl.run_folder import RunFolder
 from dpsrl.types import UserError
@@ -169,12 +170,7 @@ def held_out_accuracy(model: Any, tokenizer: Any, prompts: Any, config: Config) 
 
 
 def main(arguments: list[str]) -> int:
-    try:
-        train(load_config(arguments))
-    except UserError as error:
-        print(f"dpsrl.study.peer: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return code_of("dpsrl.study.peer", lambda: train(load_config(arguments)))
 
 
 if __name__ == "__main__":

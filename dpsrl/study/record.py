@@ -7,6 +7,7 @@ generated tokens. Seconds are those of the steps, without start-up, evaluations 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def record_of(run_dir: Path) -> dict[str, Any]:
     summary = json.loads(folder.summary.read_text())
     last = records[-1]
     steps = [record for record in records if record["step"] > 0]
+    *_, (_, num_tokens) = generated(records)
     return {
         "measure": next(iter(summary["eval_measure"].values())),
         "steps": summary["steps"],
@@ -36,7 +38,7 @@ def record_of(run_dir: Path) -> dict[str, Any]:
         "curve": curve(records),
         "mixed_share": summary["mixed_share"],
         "mixed_T": [round(record["selection/mixed_share"], 4) for record in steps if "selection/mixed_share" in record],
-        "response_tokens": total_tokens(steps) / summary["num_rollouts"],
+        "response_tokens": num_tokens / summary["num_rollouts"],
         "coverage": last.get("selection/coverage"),
         "uses_max": last.get("selection/uses_max"),
         "num_short": sum(record.get("selection/num_short", 0) for record in steps),
@@ -51,12 +53,10 @@ def record_of(run_dir: Path) -> dict[str, Any]:
 def curve(records: list[Record]) -> dict[str, list[float]]:
     """step, accuracy, rollouts, seconds and tokens at each evaluation of the first benchmark."""
     key = next(name for record in records for name in record if is_average(name))
-    points, rollouts, seconds, tokens = [], 0.0, 0.0, 0.0
-    for record in records:
+    points, seconds = [], 0.0
+    for record, (rollouts, tokens) in zip(records, generated(records), strict=True):
         if record["step"] > 0:
             seconds += record["time/step_s"] - sum(record.get(name, 0.0) for name in NOT_TRAINING)
-        before, rollouts = rollouts, record.get("rollout/num_rollouts", rollouts)
-        tokens += (rollouts - before) * record.get("rollout/response_tokens", 0.0)
         if key in record:
             points.append((record["step"], record[key], rollouts, round(seconds, 3), round(tokens)))
     names = ("step", "accuracy", "rollouts", "seconds", "tokens")
@@ -77,13 +77,13 @@ def mean(steps: list[Record], key: str) -> float | None:
     return round(sum(values) / len(values), 3) if values else None
 
 
-def total_tokens(steps: list[Record]) -> float:
-    before, tokens = 0.0, 0.0
-    for record in steps:
-        rollouts = record.get("rollout/num_rollouts", before)
+def generated(records: list[Record]) -> Iterator[tuple[float, float]]:
+    """Rollouts and their tokens, of all steps up to each record."""
+    rollouts, tokens = 0.0, 0.0
+    for record in records:
+        before, rollouts = rollouts, record.get("rollout/num_rollouts", rollouts)
         tokens += (rollouts - before) * record.get("rollout/response_tokens", 0.0)
-        before = rollouts
-    return tokens
+        yield rollouts, tokens
 
 
 def judged_selected(groups: Path) -> dict[str, float] | None:

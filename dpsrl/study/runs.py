@@ -7,10 +7,9 @@ that fails is told of and does not end the others.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
-from collections.abc import Set
+from collections.abc import Container
 from pathlib import Path
 
 import psutil
@@ -18,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dpsrl.config import load_config
-from dpsrl.metrics import Record
+from dpsrl.metrics import Record, write_summary
 from dpsrl.study.plan import Job, Plan
 from dpsrl.study.record import record_of
 from dpsrl.sweep import PLAIN, Runs, is_finished, log_of, run_one
@@ -42,15 +41,9 @@ def read_record(folder: Path, job: Job) -> Record | None:
     return record
 
 
-def make_runs(
-    plan: Plan, folder: Path, console: Console, done: Set[str] = frozenset()
-) -> tuple[list[Record], dict[str, str]]:
-    """The records of all finished runs, in the plan's order, and by name why others are not finished.
-
-    done: names of jobs that need no run.
-    """
-    records = {job.name: read_record(folder, job) for job in plan.jobs}
-    missing = [job for job in plan.jobs if records[job.name] is None and job.name not in done]
+def make_runs(plan: Plan, folder: Path, console: Console, done: Container[str] = ()) -> dict[str, str]:
+    """By name, why runs are not finished. done: names of jobs that need no run."""
+    missing = [job for job in plan.jobs if read_record(folder, job) is None and job.name not in done]
     console.print(f"{plan.name}: {len(plan.jobs)} runs, {len(missing)} to be made, in {folder}", **PLAIN)
     check(missing)
     unfinished: dict[str, str] = {}
@@ -65,11 +58,11 @@ def make_runs(
             busy_share = psutil.cpu_percent(interval=1.0) / 100
             state = make_run(runs, job, folder, console, f"[{place}/{len(missing)}] {job.name}")
             if state == "finished":
-                records[job.name] = keep(folder / job.name, job, busy_share)
+                keep(folder / job.name, job, busy_share)
             else:
                 unfinished[job.name] = state
             progress.advance(bar)
-    return [record for record in records.values() if record is not None], unfinished
+    return unfinished
 
 
 def check(jobs: list[Job]) -> None:
@@ -84,7 +77,7 @@ def make_run(runs: Runs, job: Job, folder: Path, console: Console, label: str) -
     return run_one(runs, [sys.executable, "-m", job.program, *job.arguments], run_dir, console, label)
 
 
-def keep(run_dir: Path, job: Job, busy_share: float) -> Record:
+def keep(run_dir: Path, job: Job, busy_share: float) -> None:
     """Writes the record, then removes what it makes needless.
 
     busy_share: of all cores, what others used just before the run: its seconds are worth little where that is much.
@@ -94,11 +87,8 @@ def keep(run_dir: Path, job: Job, busy_share: float) -> Record:
         "setting": job.setting, "method": job.method, "seed": job.seed, "arguments": job.arguments,
         "busy_share": round(busy_share, 3),
     } | record_of(run_dir)  # fmt: skip
-    partial = run_dir / "record.json.new"
-    partial.write_text(json.dumps(record, allow_nan=False))
-    os.replace(partial, run_dir / "record.json")
+    write_summary(run_dir / "record.json", record)
     for name in ("checkpoints", "logs"):
         shutil.rmtree(run_dir / name, ignore_errors=True)
     for path in (run_dir / "report.html", run_dir / "responses.jsonl", log_of(run_dir)):
         path.unlink(missing_ok=True)
-    return record

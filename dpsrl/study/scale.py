@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import platform
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,8 +22,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dpsrl.study.marks import fill_marks, markdown_of
+
 CONSTANTS, PAGE = Path("docs/study/constants.json"), Path("docs/results.md")
-MARKED = re.compile(r"(<!-- scale: (\w+) -->\n).*?(<!-- /scale -->)", re.DOTALL)
 BENCH = 'make bench ARGS="scale keep"'
 Constants = dict[str, float]
 Lines = list[list[str]]  # of a table, the first its columns
@@ -383,15 +383,10 @@ def tables(entries: dict[str, Any]) -> dict[str, Lines]:
 
 def fill(page: str, entries: dict[str, Any]) -> str:
     """The page with what stands between marks as the constants give it."""
-    made = {name: markdown(lines) for name, lines in tables(entries).items()}
+    made = {name: markdown_of(lines) for name, lines in tables(entries).items()}
     said = sentences({name: entry["value"] for name, entry in entries.items()})
     made["sentences"] = "\n".join(f"- {sentence}" for sentence in said)
-    return MARKED.sub(lambda match: f"{match[1]}\n{made[match[2]]}\n\n{match[3]}", page)
-
-
-def markdown(lines: Lines) -> str:
-    head, *rows = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([head, "|---" * len(lines[0]) + "|", *rows])
+    return fill_marks(page, "scale", made.__getitem__)
 
 
 def main(arguments: list[str]) -> int:

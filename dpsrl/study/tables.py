@@ -7,7 +7,6 @@ stands in a page between `<!-- study: NAME -->` and `<!-- /study -->`, put there
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +17,7 @@ import numpy as np
 
 from dpsrl.metrics import Record
 from dpsrl.study.analysis import Curves, cost_ratio_interval, mean_interval
+from dpsrl.study.marks import fill_marks, markdown_of
 from dpsrl.study.plan import Plan
 
 COSTS = ("rollouts", "seconds", "tokens")
@@ -29,7 +29,6 @@ FIGURES = {
     "calibration": "predicted and realised share of mixed groups",
 }
 Row = dict[str, Any]
-MARKED = re.compile(r"(<!-- study: ([\w/]+) -->\n).*?(<!-- /study -->)", re.DOTALL)
 
 
 # --- records of one method --------------------------------------------------------------------------------
@@ -270,23 +269,24 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
 }
 
 
-def markdown(name: str, rows: Sequence[Row]) -> str:
+def cells(name: str, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """The columns of the table of that name after the first, which has the methods, and each row's cells in them."""
     columns = COLUMNS[next(part for part in name.split("/") if part in COLUMNS)]
-    lines = ["| method | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
-    for row in rows:
-        cells = [cell(row) if row["seeds"] else "" for cell in columns.values()]
-        lines.append(f"| `{row['method']}` | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return list(columns), [[cell(row) if row["seeds"] else "" for cell in columns.values()] for row in rows]
+
+
+def markdown(name: str, rows: Sequence[Row]) -> str:
+    columns, filled = cells(name, rows)
+    return markdown_of([["method", *columns], *([f"`{r['method']}`", *line] for r, line in zip(rows, filled))])
 
 
 def fill(page: str, tables: dict[str, list[Row]]) -> str:
     """The page with each marked table and figure as it is now; marks of tables that there are not stay as they are."""
 
-    def put(match: re.Match) -> str:
-        kind, _, name = match[2].partition("/")
+    def text_of(name: str) -> str | None:
+        kind, _, figure = name.partition("/")
         if kind == "figure":
-            return f"{match[1]}\n![{FIGURES[name]}](study/{name}.svg)\n\n{match[3]}"
-        rows = tables.get(match[2])
-        return match[0] if rows is None else f"{match[1]}\n{markdown(match[2], rows)}\n\n{match[3]}"
+            return f"![{FIGURES[figure]}](study/{figure}.svg)"
+        return markdown(name, tables[name]) if name in tables else None
 
-    return MARKED.sub(put, page)
+    return fill_marks(page, "study", text_of)

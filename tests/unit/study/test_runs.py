@@ -64,9 +64,15 @@ def quiet():
     return Console(quiet=True)
 
 
+def made(plan, folder):
+    """The records there are after making what is missing, and why others are not there."""
+    unfinished = make_runs(plan, folder, quiet())
+    return [record for job in plan.jobs if (record := read_record(folder, job))], unfinished
+
+
 @pytest.mark.process
 def test_one_run_fails_the_others_are_made_and_it_is_taken_up_again(folder, tmp_path):
-    records, unfinished = make_runs(made_plan(), folder, quiet())
+    records, unfinished = made(made_plan(), folder)
     assert (tmp_path / "started").read_text().split() == ["uniform0", "dps0", "uniform1", "dps1"]  # seeds outermost
     assert unfinished == {"easy/dps/seed_0": "failed: dpsrl: it is [broken]"}
     assert [(r["method"], r["seed"]) for r in records] == [("uniform", 0), ("uniform", 1), ("dps", 1)]
@@ -75,7 +81,7 @@ def test_one_run_fails_the_others_are_made_and_it_is_taken_up_again(folder, tmp_
     assert left == ["metrics.jsonl", "record.json", "summary.json"]
 
     (tmp_path / "mended").touch()
-    records, unfinished = make_runs(made_plan(), folder, quiet())
+    records, unfinished = made(made_plan(), folder)
     assert (tmp_path / "started").read_text().split()[4:] == ["dps0"] and unfinished == {} and len(records) == 4
 
 
@@ -86,7 +92,7 @@ def test_a_finished_run_that_was_not_yet_read_is_read(folder, tmp_path):
     make_runs(plan, folder, quiet())
     record = folder / "easy/uniform/seed_0/record.json"
     record.unlink()
-    records, unfinished = make_runs(plan, folder, quiet())
+    records, unfinished = made(plan, folder)
     assert len((tmp_path / "started").read_text().split()) == 4 and unfinished == {} and record.exists()
     # its checkpoint was gone by then, and with it what was judged
     assert records[0]["audit"] is None and records[1]["audit"]["alarms"] == 2

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dpsrl.study import scale
+from dpsrl.study.marks import markdown_of
 from dpsrl.study.scale import CLUSTERS, MODELS, Cost, Method, Model, Step
 
 ROOT = Path(__file__).parents[3]
@@ -171,5 +172,5 @@ def test_the_page_says_what_the_constants_give():
 def test_every_table_is_whole():
     for name, lines in scale.tables(ENTRIES).items():
         assert len({len(line) for line in lines}) == 1, name
-        assert len({line.count("|") for line in scale.markdown(lines).splitlines()}) == 1, name
+        assert len({line.count("|") for line in markdown_of(lines).splitlines()}) == 1, name
     assert len(scale.savings(PUBLISHED)) == 1 + len(MODELS) * len(CLUSTERS)
