@@ -43,9 +43,9 @@ SMALL = [
 
 
 class Strikes:
-    """Signals a party of the run when a phase begins, by a plan: step -> (party, phase, signal), each once."""
+    """Signals a party when a phase begins, by a plan: step -> (party, phase, signal, delay in s), each once."""
 
-    def __init__(self, plan: dict[str, list[str]], done_file: Path) -> None:
+    def __init__(self, plan: dict[str, list[Any]], done_file: Path) -> None:
         self.plan, self.done_file = plan, done_file
         self.done = set(done_file.read_text().split()) if done_file.exists() else set()
         self.run: Any = None
@@ -57,8 +57,8 @@ class Strikes:
         self.done.add(step)
         with self.done_file.open("a") as file:
             file.write(f"{step}\n")
-        delay_s = random.Random(step + phase).choice([0.0, 0.005, 0.03])
-        threading.Timer(delay_s, self._strike, self.plan[step][::2]).start()
+        party, _, name, delay_s = self.plan[step]
+        threading.Timer(delay_s, self._strike, (party, name)).start()
 
     def _strike(self, party: str, name: str) -> None:
         pids = {**self.run.cluster.processes(), "driver": os.getpid()}
@@ -108,7 +108,7 @@ def worker(plan_file: str, arguments: list[str]) -> int:
 # --- outside ----------------------------------------------------------------------------------------------
 
 
-def run_with(plan: dict[str, tuple[str, str, str]], folder: Path, steps: int, extra: list[str]) -> dict[str, Any]:
+def run_with(plan: dict[str, tuple[str, str, str, float]], folder: Path, steps: int, extra: list[str]) -> dict[str, Any]:
     """Runs to the end, taken up again as often as a driver's strike ended it; what came of it."""
     plan_file = folder / "plan.json"
     plan_file.write_text(json.dumps(plan))
@@ -127,6 +127,11 @@ def run_with(plan: dict[str, tuple[str, str, str]], folder: Path, steps: int, ex
     struck_file = Path(f"{plan_file}.done")
     struck = set(struck_file.read_text().split()) if struck_file.exists() else set()
     return {"codes": codes, "summary": summary, "output": output, "struck": struck}
+
+
+def strike(rng: random.Random, party: str, phase: str, name: str) -> tuple[str, str, str, float]:
+    """At a random moment within the first 50 ms of the phase, or as it begins."""
+    return party, phase, name, rng.choice([0.0, rng.uniform(0, 0.05)])
 
 
 def left_over(folder: Path) -> list[str]:
@@ -151,7 +156,8 @@ def matrix(repeats: int, words: list[str]) -> int:
     for repeat, party in product(range(repeats), parties):
         if (party, repeat) in done:
             continue
-        plan = {str(2 + i): (party, *cell) for i, cell in enumerate(cells)}
+        rng = random.Random(f"{party} {repeat}")  # another order and other moments in each repeat
+        plan = {str(2 + i): strike(rng, party, *cell) for i, cell in enumerate(rng.sample(cells, len(cells)))}
         with tempfile.TemporaryDirectory() as folder:
             started = time.monotonic()
             result = run_with(plan, Path(folder), 3 + len(plan), [f"seed={repeat}"])
@@ -232,7 +238,7 @@ def is_saving(checkpoints: Path, since: float) -> bool:
 def soak(steps: int) -> int:
     rng = random.Random(0)
     plan = {
-        str(step): (rng.choice(PARTIES), rng.choice(PHASES), rng.choice(SIGNALS))
+        str(step): strike(rng, rng.choice(PARTIES), rng.choice(PHASES), rng.choice(SIGNALS))
         for step in range(2, steps) if rng.random() < 0.1
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
