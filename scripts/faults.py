@@ -32,6 +32,7 @@ SIGNALS = ("SIGKILL", "SIGSTOP")
 STALL_S = 12.0
 FREEZE_DRIVER_S = 20.0
 MARK = "DPSRL_FAULTS"  # in the environment of all that a run starts
+Strike = tuple[str, str, str, float]  # party, phase, signal, delay in s
 SMALL = [
     "+recipe=quickstart", "data.countdown.num_train=128", "data.countdown.num_test=16", "train.batch=8",
     "rollout.num_rollouts=4", "eval.num_rollouts=2", "eval.every=1", "checkpoint.every=1", "reward.deadline_s=2",
@@ -43,9 +44,9 @@ SMALL = [
 
 
 class Strikes:
-    """Signals a party when a phase begins, by a plan: step -> (party, phase, signal, delay in s), each once."""
+    """Signals a party when a phase begins, by a plan of strikes by step, each once."""
 
-    def __init__(self, plan: dict[str, list[Any]], done_file: Path) -> None:
+    def __init__(self, plan: dict[str, Strike], done_file: Path) -> None:
         self.plan, self.done_file = plan, done_file
         self.done = set(done_file.read_text().split()) if done_file.exists() else set()
         self.run: Any = None
@@ -108,7 +109,7 @@ def worker(plan_file: str, arguments: list[str]) -> int:
 # --- outside ----------------------------------------------------------------------------------------------
 
 
-def run_with(plan: dict[str, tuple[str, str, str, float]], folder: Path, steps: int, extra: list[str]) -> dict[str, Any]:
+def run_with(plan: dict[str, Strike], folder: Path, steps: int, extra: list[str]) -> dict[str, Any]:
     """Runs to the end, taken up again as often as a driver's strike ended it; what came of it."""
     plan_file = folder / "plan.json"
     plan_file.write_text(json.dumps(plan))
@@ -129,7 +130,7 @@ def run_with(plan: dict[str, tuple[str, str, str, float]], folder: Path, steps: 
     return {"codes": codes, "summary": summary, "output": output, "struck": struck}
 
 
-def strike(rng: random.Random, party: str, phase: str, name: str) -> tuple[str, str, str, float]:
+def strike(rng: random.Random, party: str, phase: str, name: str) -> Strike:
     """At a random moment within the first 50 ms of the phase, or as it begins."""
     return party, phase, name, rng.choice([0.0, rng.uniform(0, 0.05)])
 
