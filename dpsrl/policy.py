@@ -46,7 +46,9 @@ class Policy(nn.Module):
             input_ids=batch.token_ids_N[None], position_ids=batch.position_ids_N[None], use_cache=False, rows=batch.rows
         ).last_hidden_state[0]
         head = self.model.get_output_embeddings()  # called as a module, so that ZeRO-3 gathers its weight
-        return head(hidden_ND[batch.predictor_L], batch.target_L, temperature, with_entropy)
+        # Not hidden_ND[...]: responses of a group share a predictor, and indexing adds their gradients in any order.
+        hidden_LD = hidden_ND.index_select(0, batch.predictor_L)
+        return head(hidden_LD, batch.target_L, temperature, with_entropy)
 
 
 def load_policy(

@@ -21,7 +21,10 @@ T_95 = (
 
 
 class Curves(NamedTuple):
-    """Runs of one method, a row for each seed: accuracy at each evaluation, and what had been spent by then."""
+    """Runs of one method, a row for each seed: accuracy at each evaluation, and what had been spent by then.
+
+    Resamples of the seeds, where there are such, are axes before S.
+    """
 
     cost_ST: np.ndarray
     accuracy_ST: np.ndarray
@@ -43,49 +46,51 @@ def mean_interval(values_S: np.ndarray) -> tuple[float, float]:
     return float(values_S.mean()), float(quantile * values_S.std(ddof=1) / math.sqrt(values_S.size))
 
 
-def reach(cost_T: np.ndarray, accuracy_T: np.ndarray, target: float) -> float:
+def reach(cost_T: np.ndarray, accuracy_T: np.ndarray, target: np.ndarray | float) -> np.ndarray:
     """The least cost at which the curve, linear between evaluations, has the accuracy `target`; inf where it never has.
 
-    Nothing is said beyond the last evaluation: such a run is censored.
+    Nothing is said beyond the last evaluation: such a run is censored. Of many curves, in axes before T, each its own.
     """
-    above = accuracy_T >= target
-    if not above.any():
-        return math.inf
-    after = int(above.argmax())
-    if after == 0:
-        return float(cost_T[0])
-    before = after - 1
-    share = (target - accuracy_T[before]) / (accuracy_T[after] - accuracy_T[before])
-    return float(cost_T[before] + share * (cost_T[after] - cost_T[before]))
+    above_T = accuracy_T >= np.asarray(target)[..., None]
+    after = above_T.argmax(axis=-1)[..., None]
+    before = np.maximum(after - 1, 0)
+    costs, accuracies = (
+        [np.take_along_axis(values_T, place, axis=-1)[..., 0] for place in (before, after)]
+        for values_T in (cost_T, accuracy_T)
+    )
+    rise = np.where(after[..., 0] > 0, accuracies[1] - accuracies[0], 1.0)
+    crossed = costs[0] + (target - accuracies[0]) / rise * (costs[1] - costs[0])
+    return np.where(above_T.any(axis=-1), crossed, math.inf)
 
 
-def cost_ratio(own: Curves, reference: Curves, share: float) -> float:
+def cost_ratio(own: Curves, reference: Curves, share: float) -> np.ndarray:
     """What `own` costs over what `reference` costs until its mean accuracy is `share` of the reference's final one.
 
     Both are read off curves averaged over seeds, whose noise is a fraction of a single run's; a curve's noise makes it
-    reach a target early, the reference's as well.
+    reach a target early, the reference's as well. NaN where the reference has it before its first step.
     """
-    own_T, reference_T = (curves.accuracy_ST.mean(axis=0) for curves in (own, reference))
-    target = share * reference_T[-1]  # of the curve that is read off, to the last bit, so that it does reach it
-    costs = reach(own.cost_ST.mean(axis=0), own_T, target), reach(reference.cost_ST.mean(axis=0), reference_T, target)
-    if costs[1] == 0:
-        return math.nan  # reached before the first step: there is nothing to compare
-    return costs[0] / costs[1]
+    own_T, reference_T = (curves.accuracy_ST.mean(axis=-2) for curves in (own, reference))
+    target = share * reference_T[..., -1]  # of the curve that is read off, to the last bit, so that it does reach it
+    costs = [
+        reach(curves.cost_ST.mean(axis=-2), accuracy_T, target)
+        for curves, accuracy_T in ((own, own_T), (reference, reference_T))
+    ]
+    return np.divide(*costs, out=np.full(np.shape(target), math.nan), where=costs[1] > 0)
 
 
 def bootstrap(
-    statistic: Callable[[np.ndarray], float], num_seeds: int, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+    statistic: Callable[[np.ndarray], np.ndarray], num_seeds: int, num_resamples: int = NUM_RESAMPLES, seed: int = 0
 ) -> Estimate:
     """`statistic` of all seeds, and the 2.5% and 97.5% quantiles of what it is on seeds drawn with replacement.
 
-    statistic: of an array of places of seeds, so that whatever belongs to one seed is drawn together. A resample
-    that is inf counts as larger than any other. The interval is NaN for fewer than three seeds.
+    statistic: of places of seeds (..., S), so that whatever belongs to one seed is drawn together, to a value for each
+    draw. A resample that is inf counts as larger than any other. The interval is NaN for fewer than three seeds.
     """
-    value = statistic(np.arange(num_seeds))
+    value = float(statistic(np.arange(num_seeds)))
     if num_seeds < 3:
         return Estimate(value, math.nan, math.nan)
     generator = np.random.default_rng(seed)
-    drawn = np.sort([statistic(generator.integers(num_seeds, size=num_seeds)) for _ in range(num_resamples)])
+    drawn = np.sort(statistic(generator.integers(num_seeds, size=(num_resamples, num_seeds))))
     drawn = drawn[~np.isnan(drawn)]
     if not drawn.size:
         return Estimate(value, math.nan, math.nan)
@@ -97,7 +102,7 @@ def cost_ratio_interval(own: Curves, reference: Curves, share: float) -> Estimat
     """`cost_ratio` with its interval over seeds, paired: rows of `own` and `reference` are of the same seeds."""
     assert len(own.cost_ST) == len(reference.cost_ST)
 
-    def of(seeds: np.ndarray) -> float:
+    def of(seeds: np.ndarray) -> np.ndarray:
         drawn = [Curves(curves.cost_ST[seeds], curves.accuracy_ST[seeds]) for curves in (own, reference)]
         return cost_ratio(drawn[0], drawn[1], share)
 

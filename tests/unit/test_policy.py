@@ -87,6 +87,28 @@ def test_the_gradient_is_that_of_single_rollouts_however_they_are_packed(folder,
         assert gradient.abs().max() > 1e-4
 
 
+def test_a_gradient_is_the_same_to_the_bit_each_time(folder):
+    """Many responses begin after one prompt token, whose gradients two threads would add up in any order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        rng, policy = np.random.default_rng(0), load_policy(folder, torch.float32, torch.float32)
+        responses = [rng.integers(0, VOCAB, 1 + i % 2).astype(np.int32) for i in range(2048)]
+        silent = [np.zeros(r.size, dtype=np.float32) for r in responses]
+        group = TrainGroup(np.arange(4, dtype=np.int32), responses, silent, rng.normal(0, 2, len(responses)))
+        [[micro]] = lay_out([group], 1, 1, 1 << 20)[0].ranks
+        weights_L = torch.tensor(rng.normal(0, 1, micro.target_L.size), dtype=torch.float32)
+        seen = set()
+        for _ in range(20):
+            policy.zero_grad()
+            logprobs_L, entropy_L = policy(packed_batch(micro, CPU), TEMPERATURE, with_entropy=True)
+            ((logprobs_L + entropy_L) * weights_L).sum().backward()
+            seen.add(b"".join(p.grad.numpy().tobytes() for p in policy.parameters()))
+        assert len(seen) == 1
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_a_dummy_runs_and_has_no_gradient(folder):
     policy = load_policy(folder, torch.float64, torch.float64)
     logprobs, entropy = policy(packed_batch(dummy(), CPU), with_entropy=True)

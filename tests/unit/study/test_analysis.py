@@ -94,7 +94,7 @@ def test_what_is_reached_before_the_first_step_has_no_ratio():
 def test_a_bootstrap_of_few_seeds_has_the_quantiles_of_all_resamples():
     values = np.array([0.0, 1.0, 5.0, 20.0])
     everything = np.sort([values[list(seeds)].mean() for seeds in itertools.product(range(4), repeat=4)])
-    estimate = bootstrap(lambda seeds: values[seeds].mean(), 4, num_resamples=20_000)
+    estimate = bootstrap(lambda seeds: values[seeds].mean(axis=-1), 4, num_resamples=20_000)
     assert estimate.value == values.mean()
     for found, share in ((estimate.low, 0.025), (estimate.high, 0.975)):
         assert np.mean(everything < found - 1e-12) <= share + 0.01 and np.mean(everything <= found) >= share - 0.01
@@ -115,4 +115,4 @@ def test_an_interval_that_some_resamples_never_reach_is_open_above():
 
 
 def test_two_seeds_have_no_interval():
-    assert np.isnan(bootstrap(lambda seeds: float(seeds.mean()), 2)[1:]).all()
+    assert np.isnan(bootstrap(lambda seeds: seeds.mean(axis=-1), 2)[1:]).all()
