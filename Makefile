@@ -43,7 +43,7 @@ check: install  ## Lint, format, types and the quick unit tests: three minutes
 	@$(PYTHON_BIN) -m ruff check .
 	@$(PYTHON_BIN) -m ruff format --check .
 	@$(PYTHON_BIN) -m mypy
-	@$(PYTHON_BIN) -m pytest -q -m "not gpu and not slow and not process" tests/unit $(ARGS)
+	@$(PYTHON_BIN) -m pytest -q -n auto --dist loadfile -m "not gpu and not slow and not process" tests/unit $(ARGS)
 
 docker:  ## Build the image dpsrl:cpu, or with GPU=1 dpsrl:gpu; ARGS="--build-arg PIP_INDEX_URL=..." goes to docker
 	docker build --file docker/Dockerfile --build-arg DPSRL_EXTRA=$(if $(GPU),gpu,cpu) --tag dpsrl:$(if $(GPU),gpu,cpu) $(ARGS) .

@@ -148,6 +148,7 @@ def test_refused_data(name, words):
     assert words in refusal(load_rows, f"own_module:{name}")
 
 
+@pytest.mark.process
 def test_a_reward_is_tried_before_anything_is_started():
     assert try_function("own_module:by_length", "12", 5.0) == []
     assert "'1.0', not a Score, a bool or a finite number" in refusal(try_function, "own_module:text", "1", 5.0)

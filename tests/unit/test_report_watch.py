@@ -78,6 +78,7 @@ def test_a_request_without_a_host_and_one_that_never_ends(served, monkeypatch):
     assert ask(served)[0] == 200
 
 
+@pytest.mark.process
 def test_a_port_that_is_taken_is_one_sentence(tmp_path, served):
     with pytest.raises(UserError, match=f"--port {served.server_port} cannot be served on"):
         watch.follow([make_run(tmp_path / "run")], served.server_port)

@@ -47,6 +47,7 @@ def starts(tmp_path):
     return {path.parent.name: path.read_text().split() for path in (tmp_path / "grid").glob("*/starts")}
 
 
+@pytest.mark.process
 def test_one_fails_the_others_run_and_the_same_command_goes_on(entry, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     names = [f"selection={method},seed={seed}" for method in ("dps", "uniform") for seed in (0, 1)]
@@ -71,6 +72,7 @@ def test_one_fails_the_others_run_and_the_same_command_goes_on(entry, tmp_path, 
     assert "holds a sweep of +recipe=quickstart: give the same" in capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_a_sweep_that_is_stopped_ends_its_run_and_starts_no_other(entry, tmp_path):
     (tmp_path / "slow").touch()
     code = f"import sys; from dpsrl import sweep; sys.exit(sweep.main({GRID}, {entry}))"
@@ -106,6 +108,7 @@ def test_refused_before_anything_starts(arguments, words, tmp_path, monkeypatch,
     assert words in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.process
 def test_folders_of_others_are_left_alone(entry, tmp_path, capsys):
     (tmp_path / "grid").mkdir()
     (tmp_path / "grid/thesis.tex").touch()
@@ -113,6 +116,7 @@ def test_folders_of_others_are_left_alone(entry, tmp_path, capsys):
     assert "occupied, but not by a sweep" in capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_runs_are_the_product_of_all_values():
     asked = plan(["+recipe=quickstart", "trainer.lr=1e-4,1e-5", "seed=range(0,3)", "eval.benchmarks=[countdown]"])
     assert asked.shared == ["+recipe=quickstart", "eval.benchmarks=[countdown]"]
@@ -130,6 +134,7 @@ def test_names_of_folders():
     assert len(set(names)) == 5 and all("/" not in name and len(name) < 120 for name in names)
 
 
+@pytest.mark.process
 def test_what_stands_in_is_read_as_a_run_folder(entry, tmp_path):
     """So that the tests above speak of what dpsrl.train writes."""
     subprocess.run([*entry, "run.dir='x'", "seed=0", "selection=dps", "resume=auto"], check=True)

@@ -17,6 +17,8 @@ import os, sys, time
 from pathlib import Path
 from dpsrl.screen import Screen
 
+pytestmark = pytest.mark.process
+
 def record(step, **more):
     return {"step": step, "rollout/reward": 0.5, "selection/mixed_share": 0.75, "selection/predicted_share": 0.7,
             "rollout/num_rollouts": 512 * step, "rollout/num_trained": 500 * step, "time/generate_s": 3.0,
