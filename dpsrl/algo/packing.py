@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 
 import numpy as np
 
@@ -25,30 +26,87 @@ from dpsrl.types import TrainGroup
 AGGREGATIONS = ("token_mean", "sequence_mean", "prompt_mean", "sequence_sum")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class MicroBatch:
-    """What goes through the model at once.
+    """What goes through the model at once. Its fields travel, 8 bytes a token; indices are made where they are needed.
 
-    Prompt [5, 6] with responses [8, 2] and [9]: token_ids [5, 6, 8, 2, 9], position_ids [0, 1, 2, 3, 2],
-    row_tokens [0, 1, 2, 3, 0, 1, 4] with row_lengths [4, 3], predictor [1, 2, 1], target [8, 2, 9].
+    Prompt [5, 6] with responses [8, 2] and [9]: token_ids [5, 6, 8, 2, 9], prompt_lengths [2], num_responses [2],
+    response_lengths [2, 1]; hence position_ids [0, 1, 2, 3, 2], row_tokens [0, 1, 2, 3, 0, 1, 4], row_lengths [4, 3],
+    predictor [1, 2, 1], target [8, 2, 9], row [0, 0, 1].
     """
 
-    token_ids_N: np.ndarray  # int64
-    position_ids_N: np.ndarray  # int64, from 0 in each row
-    row_tokens_M: np.ndarray  # int64, the place on the line of each token of each row
-    row_lengths_S: np.ndarray  # int64
-    predictor_L: np.ndarray  # int64, the place on the line whose output says what comes next
-    target_L: np.ndarray  # int64, the token that came
-    row_L: np.ndarray  # int64, the row of each loss token
-    rollout_L: np.ndarray  # float32, its logprob when it was sampled
-    weights_L: np.ndarray  # float32, not normalised
+    token_ids_N: np.ndarray  # int32
+    prompt_lengths_P: np.ndarray  # int32
+    num_responses_P: np.ndarray  # int32, which follow the prompt on the line
+    response_lengths_S: np.ndarray  # int32
+    rollout_L: np.ndarray  # float32, the logprob of each loss token when it was sampled
+    weights_S: np.ndarray  # float32, of each loss token of a row, not normalised
     advantages_S: np.ndarray  # float32
-    ids_S: np.ndarray  # int64, which rollout of the step a row is
+    ids_S: np.ndarray  # int32, which rollout of the step a row is
+
+    def __reduce__(self) -> tuple:  # without what was made of them
+        return MicroBatch, tuple(getattr(self, field.name) for field in fields(self))
 
     @property
     def num_loss_tokens(self) -> int:
         """0 marks a dummy: it takes part in the collectives of its rank and adds nothing."""
-        return self.target_L.size
+        return self.rollout_L.size
+
+    @cached_property
+    def row_lengths_S(self) -> np.ndarray:
+        """int64, of prompt and response."""
+        return np.repeat(self.prompt_lengths_P, self.num_responses_P).astype(np.int64) + self.response_lengths_S
+
+    @cached_property
+    def row_tokens_M(self) -> np.ndarray:
+        """int64, the place on the line of each token of each row."""
+        starts, lengths = np.stack([self._prompt_starts_S, self._response_starts_S], axis=1), self.response_lengths_S
+        return ranges(starts.ravel(), np.stack([self.row_lengths_S - lengths, lengths], axis=1).ravel())
+
+    @cached_property
+    def position_ids_N(self) -> np.ndarray:
+        """int64, from 0 in each row."""
+        positions_N = np.empty(self.token_ids_N.size, dtype=np.int64)
+        positions_N[self.row_tokens_M] = ranges(np.zeros_like(self.row_lengths_S), self.row_lengths_S)
+        return positions_N
+
+    @cached_property
+    def predictor_L(self) -> np.ndarray:
+        """int64, the place on the line whose output says what comes next: the token before, in its row."""
+        predictor_L, has_any = self._places_L - 1, self.response_lengths_S > 0
+        first = (np.cumsum(self.response_lengths_S) - self.response_lengths_S)[has_any]
+        ends_S = self._prompt_starts_S + self.row_lengths_S - self.response_lengths_S
+        predictor_L[first] = ends_S[has_any] - 1
+        return predictor_L
+
+    @cached_property
+    def target_L(self) -> np.ndarray:
+        """int64, the token that came."""
+        return self.token_ids_N[self._places_L].astype(np.int64)
+
+    @cached_property
+    def row_L(self) -> np.ndarray:
+        """int64, the row of each loss token."""
+        return np.repeat(np.arange(self.response_lengths_S.size), self.response_lengths_S)
+
+    @cached_property
+    def weights_L(self) -> np.ndarray:
+        return np.repeat(self.weights_S, self.response_lengths_S)
+
+    @property
+    def _places_L(self) -> np.ndarray:
+        return ranges(self._response_starts_S, self.response_lengths_S)
+
+    @cached_property
+    def _response_starts_S(self) -> np.ndarray:
+        """Behind the prompts up to a response's own, and all responses before it."""
+        prompts_S = np.repeat(np.cumsum(self.prompt_lengths_P), self.num_responses_P)
+        return prompts_S + np.cumsum(self.response_lengths_S) - self.response_lengths_S
+
+    @property
+    def _prompt_starts_S(self) -> np.ndarray:
+        first_S = np.repeat(np.cumsum(self.num_responses_P) - self.num_responses_P, self.num_responses_P)
+        return self._response_starts_S[first_S] - np.repeat(self.prompt_lengths_P, self.num_responses_P)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,50 +255,35 @@ def balance(sizes: np.ndarray, num_ranks: int) -> list[list[int]]:
 
 
 def join(pieces: list[Piece]) -> MicroBatch:
-    tokens, positions, rows, lengths, predictors, targets, logprobs, weights, advantages, ids = ([] for _ in range(10))
-    place = 0
+    tokens, logprobs, lengths = [], [], []
     for piece in pieces:
-        group, num_prompt = piece.group, piece.group.prompt_token_ids.size
-        prompt = np.arange(place, place + num_prompt)
-        tokens.append(group.prompt_token_ids)
-        positions.append(np.arange(num_prompt))
-        place += num_prompt
-        for i in piece.rollouts:
-            response = group.responses[i]
-            mine = np.arange(place, place + response.size)
-            place += response.size
-            tokens.append(response)
-            positions.append(np.arange(num_prompt, num_prompt + response.size))
-            rows += [prompt, mine]
-            lengths.append(num_prompt + response.size)
-            predictors += [prompt[-1:], mine[:-1]]
-            targets.append(response)
-            logprobs.append(group.rollout_logprobs[i])
-            weights.append(np.full(response.size, piece.weights[i]))
-            advantages.append(group.advantages[i])
-            ids.append(piece.first_id + i)
+        mine = [piece.group.responses[i] for i in piece.rollouts]
+        tokens += [piece.group.prompt_token_ids, *mine]
+        lengths += [response.size for response in mine]
+        logprobs += [piece.group.rollout_logprobs[i] for i in piece.rollouts]
     return MicroBatch(
-        np.concatenate(tokens).astype(np.int64),
-        np.concatenate(positions).astype(np.int64),
-        np.concatenate(rows).astype(np.int64),
-        np.array(lengths, dtype=np.int64),
-        np.concatenate(predictors).astype(np.int64),
-        np.concatenate(targets).astype(np.int64),
-        np.repeat(np.arange(len(targets)), [target.size for target in targets]),
+        np.concatenate(tokens).astype(np.int32),
+        np.array([piece.group.prompt_token_ids.size for piece in pieces], dtype=np.int32),
+        np.array([len(piece.rollouts) for piece in pieces], dtype=np.int32),
+        np.array(lengths, dtype=np.int32),
         np.concatenate(logprobs).astype(np.float32),
-        np.concatenate(weights).astype(np.float32),
-        np.array(advantages, dtype=np.float32),
-        np.array(ids, dtype=np.int64),
+        np.concatenate([piece.weights[piece.rollouts] for piece in pieces]).astype(np.float32),
+        np.concatenate([piece.group.advantages[piece.rollouts] for piece in pieces]).astype(np.float32),
+        np.concatenate([np.array(piece.rollouts) + piece.first_id for piece in pieces]).astype(np.int32),
     )
 
 
 def dummy() -> MicroBatch:
     """Two tokens that the model can run on and no loss is taken of."""
-    none, pair = np.zeros(0, dtype=np.int64), np.arange(2)
-    return MicroBatch(
-        np.zeros(2, dtype=np.int64), pair, pair, np.array([2]), none, none, none,
-        none.astype(np.float32), none.astype(np.float32), np.zeros(1, dtype=np.float32), np.array([-1]),
-    )  # fmt: skip
+    none, zero = np.zeros(0, dtype=np.float32), np.zeros(1, dtype=np.float32)
+    two, one, empty, nobody = (np.array([n], dtype=np.int32) for n in (2, 1, 0, -1))
+    return MicroBatch(np.zeros(2, dtype=np.int32), two, one, empty, none, zero, zero, nobody)
+
+
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """int64: from each start as many numbers as its length, end to end."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    return np.repeat(starts - ends + lengths, lengths) + np.arange(ends[-1])
 
 
 def shares(updates: Sequence[Update]) -> dict[str, float]:
@@ -250,5 +293,5 @@ def shares(updates: Sequence[Update]) -> dict[str, float]:
     micro_batches = [micro for update in updates for rank in update.ranks for micro in rank]
     run = sum(micro.token_ids_N.size for micro in micro_batches)
     padding = sum(micro.token_ids_N.size for micro in micro_batches if not micro.num_loss_tokens)
-    rows = sum(micro.row_tokens_M.size for micro in micro_batches if micro.num_loss_tokens)
+    rows = sum(int(micro.row_lengths_S.sum()) for micro in micro_batches if micro.num_loss_tokens)
     return {"padding": padding / run, "shared": 1.0 - (run - padding) / rows if rows else 0.0}

@@ -71,11 +71,11 @@ def cost_ratio(own: Curves, reference: Curves, share: float) -> np.ndarray:
     """
     own_T, reference_T = (curves.accuracy_ST.mean(axis=-2) for curves in (own, reference))
     target = share * reference_T[..., -1]  # of the curve that is read off, to the last bit, so that it does reach it
-    costs = [
+    own_cost, reference_cost = (
         reach(curves.cost_ST.mean(axis=-2), accuracy_T, target)
         for curves, accuracy_T in ((own, own_T), (reference, reference_T))
-    ]
-    return np.divide(*costs, out=np.full(np.shape(target), math.nan), where=costs[1] > 0)
+    )
+    return own_cost / np.where(reference_cost > 0, reference_cost, math.nan)
 
 
 def bootstrap(

@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
 
@@ -372,8 +373,7 @@ def spoilt(update: Update, how: str) -> Update:
         rollout[0] = np.nan
     elif how == "infinite gradient":
         advantages[:] = np.where(np.arange(advantages.size) % 2, 1e37, -1e37)
-    fields = {name: getattr(micro, name) for name in micro.__slots__}
-    bad = type(micro)(**fields | {"advantages_S": advantages, "rollout_L": rollout})
+    bad = replace(micro, advantages_S=advantages, rollout_L=rollout)
     *others, last = update.ranks
     return Update([*others, [*last[:-1], bad]], update.total_weight, update.trained_weight)
 

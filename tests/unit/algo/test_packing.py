@@ -1,3 +1,5 @@
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -35,6 +37,17 @@ def test_one_micro_batch_by_hand():
     assert micro.ids_S.tolist() == [1, 2, 0]
     assert (update.total_weight, update.trained_weight) == (4.0, 4.0)
     assert shares([update]) == {"padding": 0.0, "shared": pytest.approx(1 - 7 / 9)}
+
+
+def test_indices_do_not_travel():
+    [update] = lay_out([group(100, *[900] * 8), group(200, *[400] * 8)], num_ranks=1, num_updates=1, max_tokens=10_000)
+    for micro in (micro for rank in update.ranks for micro in rank):
+        derived = ("position_ids_N", "row_tokens_M", "row_lengths_S", "predictor_L", "target_L", "row_L", "weights_L")
+        before = {name: getattr(micro, name) for name in derived}
+        sent = pickle.dumps(micro)
+        assert len(sent) < 8 * micro.token_ids_N.size + 2000  # a token id and a logprob each
+        for name, array in before.items():
+            assert np.array_equal(getattr(pickle.loads(sent), name), array)
 
 
 def test_weights_by_hand():
