@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from dpsrl.config import Config
 from dpsrl.guard import Guard, children
+from dpsrl.machine import num_cores
 from dpsrl.resources import check_resources, resource_plan
 from dpsrl.types import StateLost, UserError
 from dpsrl.watchdog import Watchdog
@@ -65,7 +66,7 @@ class Cluster:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Ray's default of 15 lets any other program on a laptop take the cores that two threads wait for each other on.
         os.environ.setdefault("RAY_worker_niceness", "0")
-        num_cpus = max(os.cpu_count() or 1, self.plan.total["CPU"])
+        num_cpus = max(num_cores(), self.plan.total["CPU"])
         local = {"num_cpus": num_cpus, "include_dashboard": False} if self.local else {}
         with ExitStack() as started:
             guard = started.enter_context(Guard())
@@ -213,7 +214,7 @@ class Cluster:
 
     def threads(self, num_workers: int) -> int:
         """CPU threads of each of `num_workers` that compute at the same time."""
-        cores = os.cpu_count() or 1
+        cores = num_cores()
         if self.config.train.max_lag or self.config.train.streaming:  # engines and trainer compute at the same time
             num_workers = self.plan.num_engines + self.plan.num_ranks
         wanted = self.config.cluster.cpus_per_worker

@@ -1,6 +1,6 @@
 """What this machine has and lacks: processors, memory, disks, limits, compiler, network, GPUs.
 
-Each function returns its rows for the doctor. Nothing is changed, nothing secret is shown, and nothing beyond the
+What returns findings returns rows for the doctor. Nothing is changed, nothing secret is shown, and nothing beyond the
 standard library is needed.
 """
 
@@ -52,12 +52,21 @@ def python() -> list[Finding]:
     return [_row("python", OK if fits else MISSING, f"{version}, {sys.executable}", fix, True)]
 
 
-def cores() -> list[Finding]:
+def usable_cores() -> tuple[float, bool]:
+    """Cores that this process may keep busy, and whether its container's limit makes them so few."""
     number = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     quota, _, period = read_text("/sys/fs/cgroup/cpu.max").partition(" ")
     limited = quota.isdigit() and int(quota) < number * int(period)
-    if limited:
-        number = int(quota) / int(period)
+    return (int(quota) / int(period) if limited else number), limited
+
+
+def num_cores() -> int:
+    """Whole ones, one at least."""
+    return max(1, int(usable_cores()[0]))
+
+
+def cores() -> list[Finding]:
+    number, limited = usable_cores()
     words = f"{number:g}{' (the limit of this container)' if limited else ''}"
     fix = "the quickstart takes two: it will run, several times slower"
     return [_row("CPU cores", OK if number >= 2 else WARNING, words, fix)]

@@ -7,7 +7,6 @@ pass rate takes the likeliest groups to be mixed: the ceiling for one step, thou
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections import deque
@@ -26,6 +25,7 @@ from rich.table import Table
 from dpsrl import plots
 from dpsrl.controller import Controller, Outcome
 from dpsrl.exits import code_of
+from dpsrl.machine import num_cores
 from dpsrl.own import is_own, load_own
 from dpsrl.selection import METHODS
 from dpsrl.selection.options import nearest
@@ -192,7 +192,7 @@ def run_all(plan: Plan, console: Console) -> list[Result]:
     """Every world x method x seed, spread over processes; longest worlds first."""
     jobs = [(w, m, s) for w in plan.worlds for m in plan.methods for s in range(plan.seeds)]
     jobs.sort(key=lambda job: -find_world(job[0]).num_prompts)
-    num_workers = min(plan.workers or os.cpu_count() or 1, len(jobs))
+    num_workers = min(plan.workers or num_cores(), len(jobs))
     results = []
     with Progress(console=console, transient=True) as progress, ProcessPoolExecutor(num_workers) as pool:
         bar = progress.add_task("simulating", total=len(jobs))

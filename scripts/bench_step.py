@@ -22,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dpsrl.machine import num_cores
+
 PROMPTS, ROLLOUTS, WARM_UP = 32, 8, 2
 LENGTHS = {"short": (12, 12), "long": (256, 3)}  # response tokens, steps measured
 CONTENDERS = {
@@ -106,7 +108,7 @@ def trl_steps(_: str, arguments: list[str], stack: ExitStack, tell) -> None:
     from dpsrl.rewards.countdown import score
 
     coined = "reward.fn=bench_step:coin" in arguments
-    torch.set_num_threads(os.cpu_count())
+    torch.set_num_threads(num_cores())
     config = load_config(["+recipe=quickstart", "selection=uniform", *arguments])
     tokenizer = load_tokenizer(config.model.path)
     prompts = training_prompts(config, tokenizer)
@@ -157,7 +159,7 @@ class Contender:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"), text=True,
             env=os.environ
-            | {"OMP_NUM_THREADS": str(os.cpu_count()), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parent)},
+            | {"OMP_NUM_THREADS": str(num_cores()), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parent)},
         )  # fmt: skip
         self.answer()
 

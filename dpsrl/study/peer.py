@@ -7,7 +7,6 @@ with its loss at the same clipping. A run that was stopped begins anew.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from dpsrl.config import Config, load_config
 from dpsrl.exits import code_of
+from dpsrl.machine import num_cores
 from dpsrl.metrics import Metrics, read_lines, summarize, write_summary
 from dpsrl.run_folder import RunFolder
 from dpsrl.types import UserError
@@ -35,7 +35,7 @@ def train(config: Config) -> None:
     from dpsrl.rewards.countdown import score
 
     started = time.monotonic()
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(num_cores())
     folder = RunFolder(Path(config.run.dir))
     folder.create(resume=True)
     folder.config.write_text(f"seed: {config.seed}\n")

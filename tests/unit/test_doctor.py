@@ -221,9 +221,10 @@ def test_a_container_has_what_its_limits_leave(files, monkeypatch):
     files["/sys/fs/cgroup/memory.max"] = str(2 << 30)
     assert machine.memory()[0].fatal
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
-    assert machine.cores()[0].found == "16"
+    assert machine.cores()[0].found == "16" and machine.num_cores() == 16
     files["/sys/fs/cgroup/cpu.max"] = "150000 100000"
     assert machine.cores()[0].found.startswith("1.5 (the limit") and machine.cores()[0].status == WARNING
+    assert machine.num_cores() == 1
     files["/sys/fs/cgroup/pids.max"] = "256"
     assert [row.status for row in machine.limits() if row.name == "threads"] == [MISSING]
 
