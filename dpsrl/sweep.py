@@ -100,14 +100,14 @@ def check_same_sweep(asked: Plan) -> None:
 
 
 class Runs:
-    """Starts one run at a time, each in a process group of its own, and passes requests to stop on to it.
+    """Starts runs, each in a process group of its own, and passes requests to stop on to those under way.
 
-    As a context it hears Ctrl-C and SIGTERM.
+    As a context it hears Ctrl-C and SIGTERM. `run` may be called by several threads.
     """
 
     def __init__(self) -> None:
         self.num_stops = 0
-        self.process: subprocess.Popen | None = None
+        self.processes: set[subprocess.Popen] = set()
 
     def __enter__(self) -> Runs:
         self._before = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -120,17 +120,21 @@ class Runs:
     def stop(self, number: int, frame: object) -> None:
         self.num_stops += 1
         os.write(2, b"asked to stop: the run under way is to save and end; once more, and it ends at once\n")
-        if self.process:
-            self.process.send_signal(STOPS[min(self.num_stops, len(STOPS)) - 1])
+        for process in list(self.processes):
+            process.send_signal(STOPS[min(self.num_stops, len(STOPS)) - 1])
 
     def run(self, command: Sequence[str], folder: Path) -> int:
         """The exit code of a run in `folder`; what it prints goes to the log beside it."""
         with log_of(folder).open("ab") as log:
             whole = [*command, f"run.dir={quoted(folder)}", "resume=auto"]
-            self.process = subprocess.Popen(whole, stdout=log, stderr=subprocess.STDOUT, process_group=0)
+            process = subprocess.Popen(whole, stdout=log, stderr=subprocess.STDOUT, process_group=0)
+            self.processes.add(process)
             if self.num_stops:  # it came while the process was being started
-                self.process.send_signal(STOPS[0])
-            return self.process.wait()
+                process.send_signal(STOPS[0])
+            try:
+                return process.wait()
+            finally:
+                self.processes.remove(process)
 
 
 def log_of(folder: Path) -> Path:

@@ -25,13 +25,14 @@ from dpsrl.sweep import PLAIN, log_of
 from dpsrl.types import UserError
 
 DOCS = Path("docs")
-KEYS = {"study", "settings", "methods", "seeds", "runs", "published", "out"}
+KEYS = {"study", "settings", "methods", "seeds", "lanes", "runs", "published", "out"}
 USAGE = """usage: python -m dpsrl.study [key=value ...]
 
   study=main       a plan in configs/study
   settings=a,b     these settings of it alone
   methods=a,b      these methods alone
   seeds=8          at most so many seeds
+  lanes=1          runs at a time, each on cores of its own
   runs=yes         no: only tables and figures of what is finished
   published=no     yes: runs whose records are in docs/study are not made again
   out=             folder of the runs; default runs/study/<study>
@@ -47,6 +48,7 @@ class Asked:
     study: str = "main"
     only: dict[str, list[str]] = field(default_factory=dict)
     seeds: int | None = None
+    lanes: int = 1
     makes_runs: bool = True
     takes_published: bool = False
     out: str = ""
@@ -66,10 +68,10 @@ def parse(arguments: list[str]) -> Asked:
             setattr(asked, name, value)
         elif name in ("settings", "methods"):
             asked.only[name] = value.split(",")
-        elif name == "seeds":
+        elif name in ("seeds", "lanes"):
             if not value.isdigit() or int(value) < 1:
-                raise UserError(f"{argument}: seeds must be a whole number from 1 on")
-            asked.seeds = int(value)
+                raise UserError(f"{argument}: {name} must be a whole number from 1 on")
+            setattr(asked, name, int(value))
         elif name in ("runs", "published"):
             if value not in ("yes", "no"):
                 raise UserError(f"{argument}: {name} must be yes or no")
@@ -87,7 +89,7 @@ def study(asked: Asked, console: Console) -> int:
     published = published_records(whole)
     if asked.makes_runs:
         with RunFolder(asked.folder).lock():
-            unfinished = make_runs(plan, asked.folder, console, published if asked.takes_published else ())
+            unfinished = make_runs(plan, asked.folder, console, published if asked.takes_published else (), asked.lanes)
     own = {job.name: record for job in whole.jobs if (record := read_record(asked.folder, job))}
     both = published | own
     records = [both[job.name] for job in whole.jobs if job.name in both]

@@ -1,6 +1,7 @@
 """A study of stand-ins for dpsrl.train: what is made, kept, taken up again, refused."""
 
 import json
+import os
 import re
 from dataclasses import replace
 
@@ -14,13 +15,15 @@ from dpsrl.study.runs import check, make_runs, read_record
 from dpsrl.types import UserError
 
 STAND_IN = """
-import json, pathlib, sys
+import json, os, pathlib, sys
 import numpy as np
 
 keys = dict(argument.split("=", 1) for argument in sys.argv[1:])
 folder = pathlib.Path(keys["run.dir"].strip("'"))
 with open("started", "a") as file:
     file.write(f"{keys['selection']}{keys['seed']} ")
+folder.parent.mkdir(parents=True, exist_ok=True)
+pathlib.Path(f"{folder}.cores").write_text(json.dumps(sorted(os.sched_getaffinity(0))))
 if keys["selection"] == "dps" and keys["seed"] == "0" and not pathlib.Path("mended").exists():
     sys.exit("dpsrl: it is [broken]")
 (folder / "checkpoints").mkdir(parents=True)
@@ -83,6 +86,20 @@ def test_one_run_fails_the_others_are_made_and_it_is_taken_up_again(folder, tmp_
     (tmp_path / "mended").touch()
     records, unfinished = made(made_plan(), folder)
     assert (tmp_path / "started").read_text().split()[4:] == ["dps0"] and unfinished == {} and len(records) == 4
+
+
+@pytest.mark.process
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_lanes_share_out_the_cores(folder, tmp_path):
+    (tmp_path / "mended").touch()
+    plan, mine = made_plan(), os.sched_getaffinity(0)
+    assert make_runs(plan, folder, quiet(), lanes=2) == {}
+    used = {tuple(json.loads(path.read_text())) for path in folder.rglob("*.cores")}
+    assert len(used) == 2 and set().union(*used) == mine and sum(map(len, used)) == len(mine)
+    assert {read_record(folder, job)["num_cores"] for job in plan.jobs} == {len(cores) for cores in used}
+    assert os.sched_getaffinity(0) == mine
+    with pytest.raises(UserError, match="is more than the"):
+        make_runs(plan, tmp_path / "other", quiet(), lanes=1000)
 
 
 @pytest.mark.process
