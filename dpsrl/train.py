@@ -290,8 +290,11 @@ def save(run: Run, score: float | None) -> None:
             run.checked.folder.save_checkpoint(run.driver.step, parts, about, keep, score)
         run.saved = run.driver.step
     except CheckpointError as error:  # whatever went wrong in a part
-        if isinstance(error.__cause__, PartyLost):
-            raise error.__cause__ from error
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, PartyLost):
+            cause = cause.__cause__
+        if cause is not None:
+            raise cause from None
         run.event("checkpoint", f"warning: {error}")
 
 

@@ -26,6 +26,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 PARTIES = ("engine", "reward", "trainer", "controller", "driver")
 PHASES = ("select", "generate", "score", "train", "sync", "save", "evaluate")
 SIGNALS = ("SIGKILL", "SIGSTOP")
@@ -52,20 +54,29 @@ class Strikes:
         self.run: Any = None
 
     def begins(self, phase: str) -> None:
-        step = str(self.run.driver.step + 1) if self.run else ""
+        """Not where the victim suffers from an earlier strike: the step is taken up again, and struck then."""
+        step = str(self.run.driver.step + (phase != "save")) if self.run else ""  # a step is over when it is saved
         if step not in self.plan or step in self.done or self.plan[step][1] != phase:
+            return
+        party, _, name, delay_s = self.plan[step]
+        if (victim := self._victim(party)) is None:
             return
         self.done.add(step)
         with self.done_file.open("a") as file:
             file.write(f"{step}\n")
-        party, _, name, delay_s = self.plan[step]
-        threading.Timer(delay_s, self._strike, (party, name)).start()
+        threading.Timer(delay_s, self._strike, (party, victim, name)).start()
 
-    def _strike(self, party: str, name: str) -> None:
+    def _victim(self, party: str) -> int | None:
         pids = {**self.run.cluster.processes(), "driver": os.getpid()}
         for place, pid in enumerate(self.run.groups.scorer.pids()):
             pids[f"reward-{place}"] = pid
-        victim = next(pid for known, pid in sorted(pids.items()) if known.startswith(party))
+        for pid in (pid for known, pid in sorted(pids.items()) if known.startswith(party)):
+            with suppress(psutil.NoSuchProcess):
+                if psutil.Process(pid).status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
+                    return pid
+        return None
+
+    def _strike(self, party: str, victim: int, name: str) -> None:
         if party == "driver" and name == "SIGSTOP":  # nobody else would let it go on
             subprocess.Popen(["sh", "-c", f"sleep {FREEZE_DRIVER_S}; kill -CONT {victim}"], start_new_session=True)
         os.kill(victim, getattr(signal, name))
@@ -268,8 +279,6 @@ def soak(steps: int) -> int:
 
 def sample_memory(memory: list[float], ended: threading.Event) -> None:
     """Proportional set size in GiB of all below this process, every few seconds."""
-    import psutil
-
     while not ended.wait(5):
         total = 0
         for process in psutil.Process().children(recursive=True):
