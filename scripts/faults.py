@@ -201,7 +201,7 @@ def saves(num_kills: int) -> int:
     from dpsrl.run_folder import RunFolder
 
     rng, history = random.Random(0), []
-    extra = ["eval.every=0", f"train.steps={num_kills}"]
+    extra = ["eval.every=0", f"train.steps={3 * num_kills}"]  # a process saves three times at most
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         checkpoints = folder / "run/checkpoints"
@@ -213,7 +213,10 @@ def saves(num_kills: int) -> int:
                     [sys.executable, "-m", "dpsrl.train", *SMALL, *extra, f"run.dir={folder / 'run'}"],
                     stdout=file, stderr=file,
                 )  # fmt: skip
-                while run.poll() is None and not is_saving(checkpoints, started):
+                begun: set[str] = set()
+                wanted = rng.randint(1, 3)
+                while run.poll() is None and len(begun) < wanted:
+                    begun |= being_written(checkpoints, started)
                     time.sleep(0.001)
                 time.sleep(rng.choice([0.0, rng.uniform(0, 0.02), rng.uniform(0, 0.3)]))
                 left = [path.name for path in checkpoints.iterdir() if path.suffix] if checkpoints.exists() else []
@@ -238,13 +241,14 @@ def saves(num_kills: int) -> int:
     return 0 if set(results.values()) == {0} and same_groups and summary["rollouts"]["holds"] else 1
 
 
-def is_saving(checkpoints: Path, since: float) -> bool:
-    """Whether a checkpoint is being written; not one that an earlier kill left unfinished."""
+def being_written(checkpoints: Path, since: float) -> set[str]:
+    """Names of checkpoints that are being written; not of one that an earlier kill left unfinished."""
+    names = set()
     for path in checkpoints.glob("*.tmp"):
         with suppress(FileNotFoundError):  # finished in between
             if path.stat().st_mtime > since:
-                return True
-    return False
+                names.add(path.name)
+    return names
 
 
 def soak(steps: int) -> int:
