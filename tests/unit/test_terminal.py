@@ -12,12 +12,12 @@ import pytest
 
 from dpsrl.panel import NUM_ROWS
 
+pytestmark = pytest.mark.process
+
 DRIVE = """
 import os, sys, time
 from pathlib import Path
 from dpsrl.screen import Screen
-
-pytestmark = pytest.mark.process
 
 def record(step, **more):
     return {"step": step, "rollout/reward": 0.5, "selection/mixed_share": 0.75, "selection/predicted_share": 0.7,
