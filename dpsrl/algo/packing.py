@@ -93,7 +93,7 @@ class MicroBatch:
     def weights_L(self) -> np.ndarray:
         return np.repeat(self.weights_S, self.response_lengths_S)
 
-    @property
+    @cached_property
     def _places_L(self) -> np.ndarray:
         return ranges(self._response_starts_S, self.response_lengths_S)
 
@@ -103,7 +103,7 @@ class MicroBatch:
         prompts_S = np.repeat(np.cumsum(self.prompt_lengths_P), self.num_responses_P)
         return prompts_S + np.cumsum(self.response_lengths_S) - self.response_lengths_S
 
-    @property
+    @cached_property
     def _prompt_starts_S(self) -> np.ndarray:
         first_S = np.repeat(np.cumsum(self.num_responses_P) - self.num_responses_P, self.num_responses_P)
         return self._response_starts_S[first_S] - np.repeat(self.prompt_lengths_P, self.num_responses_P)
