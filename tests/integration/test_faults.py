@@ -13,10 +13,10 @@ import pytest
 
 FAULTS = Path(__file__).parents[2] / "scripts/faults.py"
 PLAN = {
-    "2": ("engine", "generate", "SIGSTOP"),
-    "3": ("reward", "score", "SIGKILL"),
-    "4": ("trainer", "train", "SIGKILL"),
-    "5": ("engine", "sync", "SIGKILL"),
+    "2": ("engine", "generate", "SIGSTOP", 0.0),
+    "3": ("reward", "score", "SIGKILL", 0.0),
+    "4": ("trainer", "train", "SIGKILL", 0.0),
+    "5": ("engine", "sync", "SIGKILL", 0.0),
 }
 
 
