@@ -147,9 +147,10 @@ def strike(rng: random.Random, party: str, phase: str, name: str) -> Strike:
 
 
 def left_over(folder: Path) -> list[str]:
-    """Processes that this run started, and memory files of any run, after half a minute."""
+    """Processes that this run started, and memory files that anyone made since, after half a minute."""
     time.sleep(30)
-    rest = [str(path) for path in Path("/dev/shm").glob("dpsrl*")]
+    began = (folder / "plan.json").stat().st_mtime
+    rest = [str(path) for path in Path("/dev/shm").iterdir() if path.stat().st_mtime >= began]
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if f"{MARK}={folder}\0".encode() in (process / "environ").read_bytes():
