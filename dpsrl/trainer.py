@@ -26,7 +26,7 @@ from dpsrl.algo.packing import MicroBatch, lay_out
 from dpsrl.config import Config, TrainerConfig
 from dpsrl.own import is_own
 from dpsrl.policy import Policy, has_flash_attention, load_policy, packed_batch
-from dpsrl.trainer_state import load_state, num_broken, save_state
+from dpsrl.trainer_state import done_by_all, load_state, num_broken, save_state
 from dpsrl.types import Sent, StateLost, TrainGroup, WeightMeta
 
 
@@ -322,10 +322,13 @@ class TrainerWorker:
     def save_model(self, folder: str) -> None:
         """A Hugging Face folder with this policy; called on every rank, written by rank 0."""
         weights = {name: tensor.clone().cpu() for name, tensor in self._source()}
-        if self.rank == 0:
-            model = self.engine.module.model
-            model.save_pretrained(folder, state_dict=weights, safe_serialization=True)
-        dist.barrier()
+
+        def write() -> None:
+            if self.rank == 0:
+                model = self.engine.module.model
+                model.save_pretrained(folder, state_dict=weights, safe_serialization=True)
+
+        done_by_all(write, self.device)
 
     def _source(self):
         from dpsrl.weight_sync import ModelSource

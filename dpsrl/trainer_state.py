@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,22 +93,45 @@ def num_broken(engine: Any) -> int:
 def save_state(engine: Any, folder: Path, num_updates_done: int) -> None:
     """Called on every rank. `state.json` comes last."""
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
     shapes, steps = _shapes(engine), _steps(engine)
     num_files = torch.zeros(num_ranks, dtype=torch.int64, device=engine.device)
-    num_files[rank] = _write(folder, rank, num_ranks, _pieces(engine))
-    dist.all_reduce(num_files)
-    if rank == 0:
-        state = {
-            "format": FORMAT,
-            "num_updates_done": num_updates_done,
-            "files": [_file(k, num_ranks, n) for k, last in enumerate(num_files.tolist()) for n in range(1, last + 1)],
-            "parameters": {name: {"shape": shapes[name], "step": steps[name]} for name in shapes},
-        }
-        (folder / "state.json").write_text(json.dumps(state, indent=1))
-    dist.barrier()
+
+    def write_part() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        num_files[rank] = _write(folder, rank, num_ranks, _pieces(engine))
+
+    def write_index() -> None:
+        if rank == 0:
+            state = {
+                "format": FORMAT,
+                "num_updates_done": num_updates_done,
+                "files": [
+                    _file(k, num_ranks, n) for k, last in enumerate(num_files.tolist()) for n in range(1, last + 1)
+                ],
+                "parameters": {name: {"shape": shapes[name], "step": steps[name]} for name in shapes},
+            }
+            (folder / "state.json").write_text(json.dumps(state, indent=1))
+
+    if done_by_all(write_part, engine.device):
+        dist.all_reduce(num_files)
+        done_by_all(write_index, engine.device)
+
+
+def done_by_all(write: Callable[[], None], device: torch.device) -> bool:
+    """Calls `write` on every rank and waits for all; raises where it failed, and is False on the others.
+
+    Without that, those that were done would wait for ever for one that a full disk has ended.
+    """
+    error = None
+    try:
+        write()
+    except Exception as raised:
+        error = raised
+    failed = torch.tensor(int(error is not None), device=device)
+    dist.all_reduce(failed)
+    if error is not None:
+        raise error
+    return not failed
 
 
 def _pieces(engine: Any) -> Iterator[tuple[str, Tensor]]:

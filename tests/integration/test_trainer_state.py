@@ -22,6 +22,7 @@ from dpsrl.config import Config, load_config
 from dpsrl.types import StateLost, TrainGroup, UserError
 
 FILE_BYTES = 1 << 20  # of a state of 20 MB
+ANSWERS_WITHIN_S = 300
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -80,6 +81,9 @@ class Rank:
 
         trainer_state.FILE_BYTES = FILE_BYTES
         self.worker.save_state(folder)
+
+    def save_model(self, folder: str) -> None:
+        self.worker.save_model(folder)
 
     def load(self, folder: str) -> None:
         self.worker.load_state(folder)
@@ -145,6 +149,7 @@ class Ranks:
     def all(self, name: str, *args) -> list:
         for pipe in self.pipes:
             pipe.send((name, args))
+        assert all(pipe.poll(ANSWERS_WITHIN_S) for pipe in self.pipes), f"a rank still waits in {name}"
         answers = [pipe.recv() for pipe in self.pipes]
         for answer in answers:
             if isinstance(answer, Exception):
@@ -356,6 +361,20 @@ def test_what_is_not_whole_or_of_another_model_is_refused_and_changes_nothing(ra
     with pytest.raises(UserError, match=message):
         pool.load(str(folder))
     assert_equal(pool.state(), before)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_file_that_one_rank_cannot_write_holds_up_no_other(ranks, tmp_path, rank):
+    pool = ranks(2)
+    pool.start(configuration("2 2"))
+    (tmp_path / f"rank_{rank}_of_2-00001.safetensors").mkdir()
+    with pytest.raises(Exception, match="Is a directory|os error"):
+        pool.save(str(tmp_path))
+    assert not (tmp_path / "state.json").exists()
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(Exception, match="Is a directory|os error"):
+        pool.save_model(str(tmp_path))
+    assert pool.train([make_update(0, 2)])["num_skipped"] == 0
 
 
 # --- numbers that are not finite --------------------------------------------------------------------
