@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import secrets
 import signal
 import sys
 import threading
@@ -15,6 +16,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
@@ -25,6 +27,7 @@ from dpsrl.config import Config
 from dpsrl.guard import Guard, children
 from dpsrl.machine import num_cores
 from dpsrl.resources import check_resources, resource_plan
+from dpsrl.stops import StopRequests
 from dpsrl.types import StateLost, UserError
 from dpsrl.watchdog import Watchdog
 
@@ -55,7 +58,10 @@ class PartyLost(StallError):
 class Cluster:
     """Owns the Ray session and the actors started in it. Leaving the context ends them all."""
 
-    def __init__(self, config: Config, log_dir: Path, with_trainer: bool = True) -> None:
+    def __init__(
+        self, config: Config, log_dir: Path, with_trainer: bool = True, stops: StopRequests | None = None
+    ) -> None:
+        """stops: where the run notes SIGTERM; without it the first one is a Ctrl-C."""
         self.config, self.log_dir = config, log_dir.absolute()
         self.local = not config.cluster.address
         self.actors: dict[Any, str] = {}
@@ -63,17 +69,20 @@ class Cluster:
         self.placement: PlacementGroup | None = None
         self.plan = resource_plan(config, with_trainer)
         self.watchdog = Watchdog(2 * max(config.run.stall_s, config.run.start_s) + 60, self._end_processes)
+        if self.local:
+            _need_token()
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Ray's default of 15 lets any other program on a laptop take the cores that two threads wait for each other on.
         os.environ.setdefault("RAY_worker_niceness", "0")
         num_cpus = max(num_cores(), self.plan.total["CPU"])
         local = {"num_cpus": num_cpus, "include_dashboard": False} if self.local else {}
         with ExitStack() as started:
-            guard = started.enter_context(Guard())
+            self.guard = started.enter_context(Guard())
+            self.stops = stops or started.enter_context(StopRequests(patience=0))
+            self.private_folder = started.enter_context(TemporaryDirectory(prefix="dpsrl-"))
             with _whole_start(), _deaf_to_sigterm():
-                _start_ray(guard, address=config.cluster.address or "local", **local)
-                self._stop_requests = _remembered_stops(started)
-            _close_token()
+                _start_ray(self.guard, address=config.cluster.address or "local", **local)
+                self.stops.listen()
             self._interrupts = _remembered_interrupts(started)
             started.enter_context(self.watchdog)
             started.callback(ray.shutdown)
@@ -91,11 +100,6 @@ class Cluster:
         for actor in self.actors:
             ray.kill(actor)
         self._stack.close()
-
-    @property
-    def stop_requested(self) -> bool:
-        """Whether SIGTERM has come: a scheduler is about to take this machine away."""
-        return bool(self._stop_requests)
 
     def _end_processes(self) -> None:
         """For the watchdog of a driver that hangs, perhaps in Ray: those on this machine. Ray ends the others."""
@@ -148,6 +152,7 @@ class Cluster:
             if self._interrupts:
                 raise KeyboardInterrupt
             self.watchdog.beat()
+            self.guard.check()
             if ray.wait(calls, num_returns=1, timeout=SLICE_S)[0]:
                 return ray.wait(calls, num_returns=len(calls), timeout=0)[0]
             if self.watchdog.awake_s > until_s:
@@ -260,10 +265,20 @@ def _start_ray(guard: Guard, **options: Any) -> None:
             guard.follow(children(os.getpid()) - before)
 
 
-def _close_token() -> None:
-    """Ray 2.60 leaves the token it makes for its own clusters readable by all users of the machine."""
-    with suppress(OSError):  # none was made, or its folder is not ours to change
-        (Path.home() / ".ray/auth_token").chmod(0o600)
+def _need_token() -> None:
+    """Sees to it that a token guards a cluster of our own; one that Ray 2.60 makes could be read by all users."""
+    mode = os.environ.get("RAY_AUTH_MODE", "token")
+    if mode != "token":
+        raise UserError(
+            f"RAY_AUTH_MODE={mode} would let anyone who reaches this machine run code in the run's processes: unset it"
+        )
+    file = Path.home() / ".ray/auth_token"
+    with suppress(OSError):  # its folder is not ours to change
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as new:
+                new.write(secrets.token_hex(32))
+        file.chmod(0o600)
 
 
 @contextmanager
@@ -309,20 +324,6 @@ def _remembered_interrupts(stack: ExitStack) -> list[int]:
     if threading.current_thread() is threading.main_thread():
         stack.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, remember))
     return interrupts
-
-
-def _remembered_stops(stack: ExitStack) -> list[int]:
-    """Fills when SIGTERM comes, until `stack` is closed; a second one is a Ctrl-C. Ray would end at once."""
-    stops: list[int] = []
-
-    def remember(number: int, _: Any) -> None:
-        stops.append(number)
-        if len(stops) > 1:
-            raise KeyboardInterrupt
-
-    if threading.current_thread() is threading.main_thread():
-        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, remember))
-    return stops
 
 
 def _logged(cls: type, path: str) -> type:

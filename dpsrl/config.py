@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -273,7 +274,7 @@ class LogConfig:
 
 @dataclass
 class Config:
-    seed: int = key(0, "every random generator starts from it", ge=0)
+    seed: int = key(0, "every random generator starts from it", ge=0, le=2**32 - 1)
     dry_run: bool = key(False, "check everything, print the plan, start nothing")
     resume: str = key("no", "'no', 'auto' (the newest whole checkpoint in run.dir, if any), or a checkpoint folder")
     run: RunConfig = field(default_factory=RunConfig)
@@ -485,6 +486,8 @@ def _check_range(name: str, value: Any, limits: Any) -> None:
     if value is None:
         return
     for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, float) and not math.isfinite(item):
+            raise UserError(f"{name}={item} is no finite number: give one")
         if limits["choices"] and item not in limits["choices"] and not (limits["own"] and is_own(item)):
             or_own = " or my_module:function" * limits["own"]
             raise UserError(f"{name}={item} is not one of {', '.join(map(str, limits['choices']))}{or_own}")

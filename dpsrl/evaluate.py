@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,19 +19,20 @@ import numpy as np
 
 from dpsrl.checkpoint import CheckpointError, check_model_folder
 from dpsrl.cluster import Cluster, StallError
-from dpsrl.config import Config, help_text, is_countdown, load_config
-from dpsrl.data.build import benchmark_prompts, load_tokenizer
+from dpsrl.config import Config, help_text, load_config
+from dpsrl.data.build import benchmark_prompts, load_tokenizer, reward_of
 from dpsrl.data.prompts import PromptSet
 from dpsrl.exits import code_of
 from dpsrl.groups import EVALUATION, GroupStream
 from dpsrl.installed import check_installed
+from dpsrl.metrics import Lines
 from dpsrl.pools import RolloutPool, transfer_backend
 from dpsrl.resources import check_here, num_local_gpus, resource_plan
 from dpsrl.rewards import Scorer, try_function
-from dpsrl.run_folder import RunFolder
+from dpsrl.run_folder import RunFolder, readable, unwritable
 from dpsrl.screen import Screen
 from dpsrl.selection.outcomes import OutcomeRule
-from dpsrl.types import Group, UserError
+from dpsrl.types import Group, Prompt, UserError
 
 Z_95 = 1.959964
 
@@ -69,14 +70,8 @@ class Benchmarks:
         self._open.close()
         self._scorers.clear()
 
-    def reward_of(self, name: str) -> str:
-        """Countdown checks itself; the others take the run's reward, or math where that is Countdown's."""
-        own = self.config.reward.fn
-        of_benchmark = "math" if own == "countdown" and name != "train" else own
-        return "countdown" if is_countdown(name) else of_benchmark
-
     def scorer(self, name: str) -> Scorer:
-        fn = self.reward_of(name)
+        fn = reward_of(name, self.config)
         if fn not in self._scorers:
             reward = self.config.reward
             scorer = Scorer(fn, num_workers=reward.num_workers, deadline_s=reward.deadline_s)
@@ -84,46 +79,61 @@ class Benchmarks:
         return self._scorers[fn]
 
     def evaluate(
-        self, rollouts: RolloutPool, step: int, folder: Path | None = None, watch: Callable[..., None] | None = None
+        self, rollouts: RolloutPool, step: int, log: AnswerLog | None = None, watch: Callable[..., None] | None = None
     ) -> list[EvalResult]:
-        """One result per benchmark. `folder`, where given, gets responses.jsonl and pass_rates.jsonl.
-
-        watch: told what is going on, as `Screen.stage` is.
-        """
+        """One result per benchmark. watch: told what is going on, as `Screen.stage` is."""
         results = []
         for name, prompts in self.prompts.items():
             groups = GroupStream(prompts, rollouts, self.scorer(name), self.tokenizer, self.config.seed)
-            results.append(evaluate(name, groups, self.config, step, folder, watch))
+            results.append(evaluate(name, groups, self.config, step, log, watch))
         return results
 
 
+class AnswerLog:
+    """responses.jsonl and pass_rates.jsonl of an evaluation; what cannot be written is said once, and left out."""
+
+    def __init__(self, folder: Path, rule: OutcomeRule, say: Callable[[str], None]) -> None:
+        self.rule = rule
+        self.responses, self.pass_rates = folder / "responses.jsonl", folder / "pass_rates.jsonl"
+        self._responses, self._pass_rates = Lines(self.responses, -1, say), Lines(self.pass_rates, -1, say)
+
+    def write(self, name: str, step: int, prompt: Prompt, group: Group, texts: list[str]) -> None:
+        for text, rollout, score in zip(texts, group.rollouts, group.scores, strict=True):
+            line = {
+                "benchmark": name, "step": step, "prompt_id": prompt.id, "prompt": prompt.text, "answer": prompt.answer,
+                "response": text, "correct": score and score.correct, "reward": score and score.reward,
+                "num_tokens": len(rollout.token_ids), "finish_reason": rollout.finish_reason,
+            }  # fmt: skip
+            self._responses.write(line)
+        num_solved, num_rollouts = self.rule.counts(group.rewards_G)
+        line = {"prompt_id": group.prompt_id, "num_solved": num_solved, "num_rollouts": num_rollouts}
+        self._pass_rates.write(line)
+
+    def close(self) -> None:
+        self._responses.close()
+        self._pass_rates.close()
+
+
 def evaluate(
-    name: str, groups: GroupStream, config: Config, step: int, folder: Path | None = None,
+    name: str, groups: GroupStream, config: Config, step: int, log: AnswerLog | None = None,
     watch: Callable[..., None] | None = None,
 ) -> EvalResult:  # fmt: skip
     """`eval.num_rollouts` samples of every prompt of one benchmark, scored."""
     finished: list[Group] = []
-    rule = OutcomeRule(config.selection.unsolved_at, config.selection.solved_at, config.selection.min_spread)
-    with ExitStack() as stack:
-        responses = stack.enter_context((folder / "responses.jsonl").open("a")) if folder else None
-        pass_rates = stack.enter_context((folder / "pass_rates.jsonl").open("a")) if folder else None
-        groups.add(
-            range(len(groups.prompts)),
-            num_rollouts=config.eval.num_rollouts,
-            temperature=config.eval.temperature,
-            purpose=EVALUATION,
-            step=0,  # every evaluation of a run draws with the same seeds: differences are the policy's
-        )
-        while groups.pending:
-            if watch:
-                watch("evaluating", len(finished), len(groups.prompts), f"{name} prompts")
-            for group, texts in groups.take():
-                finished.append(group)
-                if responses and pass_rates:
-                    _write_responses(responses, name, step, groups.prompts[group.index], group, texts)
-                    num_solved, num_rollouts = rule.counts(group.rewards_G)
-                    line = {"prompt_id": group.prompt_id, "num_solved": num_solved, "num_rollouts": num_rollouts}
-                    pass_rates.write(json.dumps(line) + "\n")
+    groups.add(
+        range(len(groups.prompts)),
+        num_rollouts=config.eval.num_rollouts,
+        temperature=config.eval.temperature,
+        purpose=EVALUATION,
+        step=0,  # every evaluation of a run draws with the same seeds: differences are the policy's
+    )
+    while groups.pending:
+        if watch:
+            watch("evaluating", len(finished), len(groups.prompts), f"{name} prompts")
+        for group, texts in groups.take():
+            finished.append(group)
+            if log:
+                log.write(name, step, groups.prompts[group.index], group, texts)
     finished.sort(key=lambda group: group.index)
     solved_N = np.array([group.num_solved for group in finished])
     scored_N = np.array([group.num_scored for group in finished])
@@ -135,16 +145,6 @@ def evaluate(
         float(np.mean([rollout.finish_reason == "length" for rollout in rollouts])),
         len(rollouts) - int(scored_N.sum()),
     )  # fmt: skip
-
-
-def _write_responses(file, name: str, step: int, prompt, group: Group, texts: list[str]) -> None:
-    for text, rollout, score in zip(texts, group.rollouts, group.scores, strict=True):
-        row = {
-            "benchmark": name, "step": step, "prompt_id": prompt.id, "prompt": prompt.text, "answer": prompt.answer,
-            "response": text, "correct": score.correct if score else None, "reward": score.reward if score else None,
-            "num_tokens": len(rollout.token_ids), "finish_reason": rollout.finish_reason,
-        }  # fmt: skip
-        file.write(json.dumps(row) + "\n")
 
 
 def mean_with_interval(values_N: np.ndarray) -> tuple[float, float, float]:
@@ -206,20 +206,27 @@ def run(config: Config) -> None:
         raise UserError("eval.benchmarks=[] names nothing to evaluate on: give eval.benchmarks=[math500] or the like")
     check_installed()
     check_here(resource_plan(config, with_trainer=False))
-    check_model_folder(config.model.path)
     folder = RunFolder(Path(config.run.dir or f"runs/evaluate-{time.strftime('%Y%m%d-%H%M%S')}"))
-    folder.check_free()
-    tokenizer = load_tokenizer(config.model.path)
+    with readable():
+        check_model_folder(config.model.path)
+        folder.check_free()
+        tokenizer = load_tokenizer(config.model.path)
+        opened = Benchmarks(config, tokenizer)
+    rule = OutcomeRule(config.selection.unsolved_at, config.selection.solved_at, config.selection.min_spread)
     with ExitStack() as stack:
-        benchmarks = stack.enter_context(Benchmarks(config, tokenizer))
+        benchmarks = stack.enter_context(opened)
         remarks = [
             remark
             for name, prompts in benchmarks.prompts.items()
-            for remark in try_function(benchmarks.reward_of(name), prompts[0].answer, config.reward.deadline_s)
+            for remark in try_function(reward_of(name, config), prompts[0].answer, config.reward.deadline_s)
         ]
         stack.enter_context(folder.lock())
-        folder.create()
-        screen = stack.enter_context(Screen.capture(folder.logs / "driver.log"))
+        try:
+            folder.create()
+            screen = stack.enter_context(Screen.capture(folder.logs / "driver.log"))
+            log = stack.enter_context(closing(AnswerLog(folder.path, rule, screen.line)))
+        except OSError as error:
+            raise unwritable(folder.path, error) from error
         for prompts in benchmarks.prompts.values():
             for sentence in prompts.report.sentences():
                 screen.line(sentence)
@@ -229,11 +236,14 @@ def run(config: Config) -> None:
         cluster = stack.enter_context(Cluster(config, folder.logs, with_trainer=False))
         rollouts = RolloutPool(cluster, config, transfer_backend(config))
         rollouts.wait_until_up()
-        results = benchmarks.evaluate(rollouts, 0, folder.path, watch=screen.stage)
+        results = benchmarks.evaluate(rollouts, 0, log, watch=screen.stage)
         screen.console.print(results_table(results))
-        folder.summary.write_text(json.dumps([vars(result) for result in results], indent=1))
-        screen.line(f"responses: {folder.path / 'responses.jsonl'}")
-        screen.line(f"pass rates, for selection.prior_rates: {folder.path / 'pass_rates.jsonl'}")
+        try:
+            folder.summary.write_text(json.dumps([vars(result) for result in results], indent=1))
+        except OSError as error:
+            raise unwritable(folder.path, error) from error
+        screen.line(f"responses: {log.responses}")
+        screen.line(f"pass rates, for selection.prior_rates: {log.pass_rates}")
 
 
 def results_table(results: list[EvalResult]):

@@ -13,16 +13,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 
 LOOK_EVERY_S = 1.0
 GRACE_S = 2.0  # for Ray to end its processes by itself
 SWEEPS = 50
+ENDS_WITHIN_S = 15.0
 
 
 class Guard:
     """The driver's end; a context manager. Leaving it ends everything that is followed. Linux; elsewhere it is idle."""
 
     def __init__(self) -> None:
+        self._pids: set[int] = set()
+        self._begin()
+
+    def _begin(self) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", __file__],
             stdin=subprocess.PIPE,  # closes when this process dies
@@ -30,17 +36,39 @@ class Guard:
         )
         assert self._process.stdin is not None
         self._stdin = self._process.stdin
+        self._tell(self._pids)
+
+    def _tell(self, pids: Iterable[int]) -> None:
+        with suppress(BrokenPipeError):  # `check` begins another one
+            self._stdin.write(" ".join(map(str, pids)).encode() + b"\n")
+            self._stdin.flush()
 
     def follow(self, pids: Iterable[int]) -> None:
-        self._stdin.write(" ".join(map(str, pids)).encode() + b"\n")
-        self._stdin.flush()
+        self._pids |= set(pids)
+        self._tell(pids)
+        self.check()
+
+    def check(self) -> None:
+        """Puts another one in the place of a guard that was killed."""
+        if self._process.poll() is not None:
+            with suppress(BrokenPipeError):
+                self._stdin.close()
+            self._begin()
 
     def __enter__(self) -> Guard:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.check()
         self._stdin.close()
-        self._process.wait()
+        try:
+            self._process.wait(ENDS_WITHIN_S)
+        except subprocess.TimeoutExpired:  # it is stopped; its work is done from here
+            self._process.kill()
+            self._process.wait()
+            followed = Followed()
+            followed.add(self._pids)
+            followed.end()
 
 
 def parents() -> dict[int, tuple[int, str]]:

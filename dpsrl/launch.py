@@ -6,10 +6,11 @@ step does with them is in `train.py`.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,14 @@ from dpsrl.pools import ControllerHandle, RolloutPool, TrainerPool, transfer_bac
 from dpsrl.prior import Prior, read_prior
 from dpsrl.resources import check_here, resource_plan, shortfalls
 from dpsrl.responses import ResponseLog
-from dpsrl.resume import Driver, check_same_run, choose_checkpoint, read_driver
+from dpsrl.resume import Driver, about_run, check_same_run, choose_checkpoint, read_driver
 from dpsrl.rewards import Scorer, check_function, try_function
-from dpsrl.run_folder import RunFolder, unwritable
+from dpsrl.run_folder import RunFolder, readable, unwritable
 from dpsrl.screen import Screen
 from dpsrl.selection import build_selector
 from dpsrl.selection.outcomes import OutcomeRule
 from dpsrl.sinks import check_sinks, open_sinks
+from dpsrl.stops import StopRequests
 from dpsrl.types import UserError
 from dpsrl.weights import Weights
 
@@ -64,6 +66,7 @@ class Run:
     driver: Driver  # what is saved of all this
     generating_s: float = 0.0  # in the step under way
     training_s: float = 0.0
+    in_update: list[int] = field(default_factory=list)  # rollouts of each update under way
     num_skipped: int = 0  # updates in a row
     saved: int = -1  # step of the last checkpoint
     early: EarlyTraining | None = None  # of the batch under way, with train.streaming
@@ -102,7 +105,9 @@ class Checked:
     prompts: PromptSet
     benchmarks: Benchmarks
     prior: Prior
+    saved: list[Path]  # the checkpoints that were there
     checkpoint: Checkpoint | None
+    about: dict[str, Any]  # the run, in every checkpoint of it
     remarks: list[str]
     started: float  # on the monotonic clock
     elapsed_s: float  # of the run until that checkpoint
@@ -110,7 +115,11 @@ class Checked:
 
 def preflight(config: Config) -> Checked:
     """Everything that can be checked before a process starts; UserError on the first fault."""
-    started = time.monotonic()
+    with readable():
+        return check(config, time.monotonic())
+
+
+def check(config: Config, started: float) -> Checked:
     check_installed()
     if not config.cluster.address:
         check_here(resource_plan(config))
@@ -123,6 +132,7 @@ def preflight(config: Config) -> Checked:
     check_function(config.reward.fn)
     check_loss(config)
     check_sinks(config.log.to)
+    saved = folder.list_checkpoints()
     checkpoint, remarks = choose_checkpoint(config, folder)
     tokenizer = load_tokenizer(config.model.path)
     prompts = training_prompts(config, tokenizer)
@@ -134,11 +144,12 @@ def preflight(config: Config) -> Checked:
     if own_method:  # which may keep something for these prompts alone
         check_selection(config, len(prompts))
     remarks = remarks + try_function(config.reward.fn, prompts[0].answer, config.reward.deadline_s)
-    if checkpoint is not None:
-        remarks = remarks + check_same_run(checkpoint, config, prompts)
     benchmarks, prior = Benchmarks(config, tokenizer), read_prior(config, prompts.ids)
+    about = about_run(config, prompts, benchmarks.prompts)
+    if checkpoint is not None:
+        remarks = remarks + check_same_run(checkpoint, config, about)
     elapsed_s = read_driver(checkpoint).elapsed_s
-    return Checked(folder, tokenizer, prompts, benchmarks, prior, checkpoint, remarks, started, elapsed_s)
+    return Checked(folder, tokenizer, prompts, benchmarks, prior, saved, checkpoint, about, remarks, started, elapsed_s)
 
 
 def check_selection(config: Config, num_prompts: int) -> None:
@@ -211,9 +222,15 @@ def open_run(config: Config, checked: Checked, stack: ExitStack) -> Screen:
     """Takes the run folder, and turns what libraries print over to its logs."""
     folder = checked.folder
     stack.enter_context(folder.lock())
+    if folder.list_checkpoints() != checked.saved:
+        raise UserError(
+            f"run.dir={folder.path} was written to by another run just now: start again, to go on from there"
+        )
     try:
         folder.create(resume=config.resume != "no")
-        OmegaConf.save(OmegaConf.structured(config), folder.config)
+        partial = folder.config.with_name("config.yaml.new")
+        OmegaConf.save(OmegaConf.structured(config), partial)
+        os.replace(partial, folder.config)  # what was there is whole until then
         screen = stack.enter_context(Screen.capture(folder.logs / "driver.log"))
     except OSError as error:
         raise unwritable(folder.path, error) from error
@@ -222,14 +239,17 @@ def open_run(config: Config, checked: Checked, stack: ExitStack) -> Screen:
     return screen
 
 
-def launch(config: Config, checked: Checked, screen: Screen, stack: ExitStack, checkpoint: Checkpoint | None) -> Run:
+def launch(
+    config: Config, checked: Checked, screen: Screen, stack: ExitStack, checkpoint: Checkpoint | None,
+    stops: StopRequests | None = None,
+) -> Run:  # fmt: skip
     """Starts every part, as it was at the checkpoint if there is one; `stack` ends them in reverse order."""
     folder, tokenizer, prompts = checked.folder, checked.tokenizer, checked.prompts
     stack.enter_context(checked.benchmarks)
     reward = config.reward
     scorer = stack.enter_context(Scorer(reward.fn, num_workers=reward.num_workers, deadline_s=reward.deadline_s))
     screen.stage("starting the engines and the trainer")
-    cluster = stack.enter_context(Cluster(config, folder.logs))
+    cluster = stack.enter_context(Cluster(config, folder.logs, stops=stops))
     backend = transfer_backend(config)
     rollouts, trainers = RolloutPool(cluster, config, backend), TrainerPool(cluster, config, backend)
     controller = ControllerHandle(cluster, **controller_arguments(config, prompts.ids))
@@ -237,12 +257,16 @@ def launch(config: Config, checked: Checked, screen: Screen, stack: ExitStack, c
     rollouts.wait_until_up()
     driver = read_driver(checkpoint)
     plain_config: Any = OmegaConf.to_container(OmegaConf.structured(config))
-    sinks = open_sinks(config.log.to, folder.path, config.log.wandb_project, plain_config, driver.step, screen.line)
-    metrics = Metrics(folder.metrics, [screen.step, *map(stack.enter_context, sinks)], driver.step, screen.line)
+    try:
+        sinks = open_sinks(config.log.to, folder.path, config.log.wandb_project, plain_config, driver.step, screen.line)
+        metrics = Metrics(folder.metrics, [screen.step, *map(stack.enter_context, sinks)], driver.step, screen.line)
+        num_generated = driver.num_generated
+        group_log = GroupLog(folder.groups, num_generated, screen.line)
+        response_log = ResponseLog(folder.responses, config.log.responses, config.seed, num_generated, screen.line)
+    except OSError as error:
+        raise unwritable(folder.path, error) from error
     if driver.record:
         metrics.restore(driver.record)
-    group_log = GroupLog(folder.groups, driver.num_generated, screen.line)
-    response_log = ResponseLog(folder.responses, config.log.responses, config.seed, driver.num_generated, screen.line)
 
     def say(text: str) -> None:
         screen.line(text)

@@ -12,7 +12,8 @@ from typing import Any
 
 from dpsrl.types import Group
 
-MISSING, UNMIXED, TRUNCATED, TOO_FEW = "missing", "not mixed", "truncated", "too few for an update"
+MISSING, UNMIXED, TRUNCATED = "missing", "not mixed", "truncated"
+TOO_FEW, SKIPPED = "too few for an update", "in an update that was skipped"
 
 
 @dataclass
@@ -46,6 +47,11 @@ class Ledger:
                     self.trained += 1
                 else:
                     self.drop(TOO_FEW, 1)
+
+    def skipped(self, num_rollouts: int) -> None:
+        """Of rollouts that were taken into an update: it turned out not to be finite."""
+        self.trained -= num_rollouts
+        self.drop(SKIPPED, num_rollouts)
 
     def balance(self, carried: int) -> dict[str, Any]:
         """The account with what is carried over now; `holds` says whether it adds up."""

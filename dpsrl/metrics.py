@@ -230,9 +230,9 @@ def plain(value: Any) -> Any:
 class Lines:
     """A JSON-lines file that is open for more.
 
-    last_step: the step a resumed run goes on from; lines of later steps are dropped, events apart, so that the file
-    never holds a step twice. Without it the file is begun anew. A line that cannot be written is left out, and the
-    first one is said.
+    last_step: the step a resumed run goes on from, -1 for its beginning; lines of later steps are dropped, events
+    apart, so that the file never holds a step twice. A line that cannot be written is left out, and the first one is
+    said.
     """
 
     def __init__(self, path: Path, last_step: int, say: Callable[[str], None]) -> None:
@@ -240,8 +240,8 @@ class Lines:
         self._num_lost = 0
         partial = path.with_name(path.name + ".new")
         with partial.open("w", encoding="utf-8") as kept:
-            for record in each_line(path) if last_step >= 0 and path.exists() else ():
-                if record is not None and (record["step"] <= last_step or "event" in record):
+            for record in each_line(path) if path.exists() else ():
+                if record is not None and (0 <= record["step"] <= last_step or "event" in record):
                     kept.write(json.dumps(record) + "\n")
         os.replace(partial, path)
         self._file = path.open("ab", buffering=0)  # a killed run keeps every line it wrote
@@ -249,8 +249,9 @@ class Lines:
     def write(self, record: Mapping[str, Any]) -> None:
         line = json.dumps({name: plain(value) for name, value in record.items()}, allow_nan=False)
         try:
-            whole = f"{line}\n".encode()
+            whole, start = f"{line}\n".encode(), self._file.seek(0, os.SEEK_END)
             if self._file.write(whole) != len(whole):
+                self._file.truncate(start)  # part of a line would spoil the next one too
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             self._num_lost += 1

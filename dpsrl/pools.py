@@ -318,12 +318,17 @@ class TrainerPool:
         return self.cluster.get({rank: getattr(rank, method).remote(*args) for rank in self.ranks}, what, deadline_s)
 
     def start(self) -> None:
-        """Loads the model on every rank, once rank 0 has named where the others meet it."""
-        first = self.ranks[0]
-        start_s = self.config.run.start_s
+        """Loads the model on every rank, once it is known where they meet."""
+        self._all("start", "start", self._meeting(), deadline_s=self.config.run.start_s)
+
+    def _meeting(self) -> str:
+        """For torch: a file that only this user can open, since its TCP store listens to everyone; or rank 0's port."""
+        if self.cluster.local:
+            return f"file://{self.cluster.private_folder}/trainers"
+        first, start_s = self.ranks[0], self.config.run.start_s
         (host,) = self.cluster.get({first: first.node_address.remote()}, "start", start_s)
         (port,) = self.cluster.get({first: first.free_port.remote()}, "start", start_s)
-        self._all("start", "start", "127.0.0.1" if self.cluster.local else host, port, deadline_s=start_s)
+        return f"tcp://{host}:{port}"
 
     def hosts(self) -> list[str]:
         return self._all("name its host", "node_address")
@@ -355,7 +360,7 @@ class TrainerPool:
     def running(self, calls: dict[Any, Any]) -> bool:
         return bool(ray.wait(list(calls.values()), num_returns=len(calls), timeout=0)[1])
 
-    def finish(self, calls: dict[Any, Any]) -> dict[str, float]:
+    def finish(self, calls: dict[Any, Any]) -> dict[str, Any]:
         """Metrics of the step's updates."""
         metrics = self.cluster.get(calls, "train")[0]
         self.under_way = {}

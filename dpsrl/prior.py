@@ -17,6 +17,8 @@ from dpsrl.config import Config
 from dpsrl.run_folder import RunFolder
 from dpsrl.types import UserError
 
+MAX_ROLLOUTS = 10**9  # of a line; more is a mistake, and sums must stay whole
+
 
 @dataclass(frozen=True)
 class PassRates:
@@ -105,13 +107,13 @@ def parse_line(path: Path, number: int, line: str) -> tuple[str, int, int]:
         record = json.loads(line)
         prompt_id, num_solved, num_rollouts = record["prompt_id"], record["num_solved"], record["num_rollouts"]
         good = isinstance(prompt_id, str) and all(type(n) is int for n in (num_solved, num_rollouts))
-        good = good and 0 <= num_solved <= num_rollouts
-    except (ValueError, KeyError, TypeError):
+        good = good and 0 <= num_solved <= num_rollouts <= MAX_ROLLOUTS
+    except (ValueError, KeyError, TypeError, RecursionError):
         good = False
     if not good:
         raise UserError(
             f"selection.prior_rates={path}, line {number}: {line.strip()[:80]!r} is not an object with "
-            "prompt_id (text) and whole numbers 0 <= num_solved <= num_rollouts"
+            f"prompt_id (text) and whole numbers 0 <= num_solved <= num_rollouts <= {MAX_ROLLOUTS:,}"
         )
     return prompt_id, num_solved, num_rollouts
 

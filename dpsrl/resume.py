@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dpsrl import __version__
-from dpsrl.checkpoint import Checkpoint, open_checkpoint
+from dpsrl.checkpoint import Checkpoint, broken, open_checkpoint, reason
 from dpsrl.config import Config, schema_keys, value_of
 from dpsrl.data.prompts import PromptSet
 from dpsrl.group_files import read_groups, write_groups
@@ -32,6 +33,8 @@ FREE = (
     "reward.num_workers", "reward.deadline_s", "reward.max_missing_share", "algo.mismatch_alarm",
     "selection.prior_rates", "selection.warm_start",
 )  # fmt: skip
+MODEL_FILES = ("config.json", "tokenizer*", "vocab*", "merges*", "chat_template*", "*.safetensors")
+BLOCK, NUM_BLOCKS = 1 << 16, 1 << 10  # bytes, and how many are read of a large file
 SAID = ("trainer.lr", "trainer.weight_decay", "trainer.beta", "trainer.warmup", "trainer.max_grad", "train.steps")
 
 
@@ -51,36 +54,55 @@ def choose_checkpoint(config: Config, folder: RunFolder) -> tuple[Checkpoint | N
     newest, passed_over = folder.newest_checkpoint()
     lines = [f"passed over: {sentence}" for sentence in passed_over]
     if newest is None:
+        refuse_if_lost(folder, passed_over)
         return None, [*lines, f"{folder.path} has no whole checkpoint: starting at the first step"]
     return newest, [*lines, f"going on after step {newest.step}, from {newest.path}"]
 
 
-def about_run(config: Config, prompts: PromptSet) -> dict[str, Any]:
+def refuse_if_lost(folder: RunFolder, passed_over: list[str]) -> None:
+    """UserError where checkpoints were saved and none is whole: starting anew would write over what is left of them."""
+    if folder.has_saved():
+        raise UserError(
+            f"none of the checkpoints in {folder.checkpoints} can be gone on from ({'; '.join(passed_over)}): bring "
+            "one back from a copy, name another by resume=FOLDER, or start anew in another run.dir"
+        )
+
+
+def about_run(config: Config, prompts: PromptSet, benchmarks: Mapping[str, PromptSet]) -> dict[str, Any]:
     """What a checkpoint says of its run."""
     return {
         "dpsrl": __version__,
         "config": {name: value_of(config, name) for name, _ in schema_keys()},
         "data": prompts.content_hash,
         "num_prompts": len(prompts),
+        "benchmarks": {name: benchmark.content_hash for name, benchmark in benchmarks.items()},
         "model": model_fingerprint(config.model.path),
     }
 
 
 def model_fingerprint(path: str) -> str:
-    """Of the model's configuration and of its tensors' names, types and shapes; of a hub name, the name."""
+    """SHA-256 of the configuration, tokenizer, chat template and weights; of a hub name, the name.
+
+    Of a large file, blocks from all over it: another training of the same model differs in nearly every one.
+    """
     folder = Path(path)
     if not folder.is_dir():
         return path
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as weights:
-            digest.update(weights.read(int.from_bytes(weights.read(8), "little")))
+    digest = hashlib.sha256()
+    for file in sorted(file for pattern in MODEL_FILES for file in folder.glob(pattern)):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        step = BLOCK if size <= NUM_BLOCKS * BLOCK else size // NUM_BLOCKS
+        with file.open("rb") as content:
+            for place in range(0, size, step):
+                content.seek(place)
+                digest.update(content.read(BLOCK))
     return digest.hexdigest()
 
 
-def check_same_run(checkpoint: Checkpoint, config: Config, prompts: PromptSet) -> list[str]:
-    """UserError where the checkpoint is of another run; else what has changed and is worth saying."""
-    saved, now = checkpoint.manifest.about, about_run(config, prompts)
+def check_same_run(checkpoint: Checkpoint, config: Config, now: dict[str, Any]) -> list[str]:
+    """UserError where the checkpoint is of another run than `now`; else what has changed and is worth saying."""
+    saved = checkpoint.manifest.about
     changed = {name: value for name, value in now["config"].items() if saved["config"].get(name, value) != value}
     other = {name: value for name, value in changed.items() if not name.startswith(FREE)}
     if other:
@@ -96,13 +118,18 @@ def check_same_run(checkpoint: Checkpoint, config: Config, prompts: PromptSet) -
         )
     if saved["model"] != now["model"]:
         raise UserError(
-            f"{checkpoint.path} was made from another model than model.path={config.model.path}: its configuration or "
-            "tensors differ; give the model that the run began with"
+            f"{checkpoint.path} was made from another model than model.path={config.model.path}: its "
+            "configuration, tokenizer or weights differ; give the model that the run began with"
         )
+    then = saved.get("benchmarks", {})
     return [
         f"changed since the checkpoint: {name}={value} (then {saved['config'][name]})"
         for name, value in changed.items()
         if name.startswith(SAID)
+    ] + [
+        f"warning: benchmark {name} has other content than at the checkpoint: accuracies do not compare across it"
+        for name, content in now["benchmarks"].items()
+        if then.get(name, content) != content
     ]
 
 
@@ -148,10 +175,13 @@ def read_driver(checkpoint: Checkpoint | None) -> Driver:
     if checkpoint is None:
         return Driver()
     folder = checkpoint.path / "driver"
-    state = json.loads((folder / "state.json").read_text())
-    batches = [read_groups(folder / f"groups_{place}") for place in range(1 + state["num_batches"])]
-    return Driver(
-        checkpoint.step, state["num_generated"], state["num_rollouts"], state["elapsed_s"], Ledger(**state["ledger"]),
-        {group.index: group for group in batches[0]}, deque(batches[1:]),
-        {index: tuple(known) for index, known in state["under_way"]}, state["record"],
-    )  # fmt: skip
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        batches = [read_groups(folder / f"groups_{place}") for place in range(1 + state["num_batches"])]
+        return Driver(
+            checkpoint.step, state["num_generated"], state["num_rollouts"], state["elapsed_s"],
+            Ledger(**state["ledger"]), {group.index: group for group in batches[0]}, deque(batches[1:]),
+            {index: tuple(known) for index, known in state["under_way"]}, state["record"],
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise broken(checkpoint.path, f"driver/ is whole, but of another version of dpsrl ({reason(error)})") from error

@@ -64,7 +64,7 @@ class RunFolder:
             return
         if not resume:
             raise UserError(f"run.dir={self.path} is occupied: choose another folder or remove this one")
-        if not self.config.exists() and not any(suffix in ("", ".old") for _, _, suffix in self._folders()):
+        if not self.config.exists() and not self.has_saved():
             raise UserError(
                 f"run.dir={self.path} is occupied, but not by a run that could be resumed: "
                 "choose another folder or remove this one"
@@ -122,13 +122,13 @@ class RunFolder:
 
     def save_checkpoint(
         self, step: int, parts: Mapping[str, Callable[[Path], None]], about: dict[str, Any], keep: int,
-        score: float | None = None,
+        score: float | None = None, say: Callable[[str], None] = print,
     ) -> Path:  # fmt: skip
         """The finished folder `checkpoints/step_N`, for whose sub-folder `name` `parts[name]` was called.
 
         Only when it is whole and on the disk are others removed: the `keep` saved last stay, and the one with the
-        highest score. CheckpointError if it cannot be written; the others are then untouched. A score that is no
-        finite number counts as none.
+        highest score; `say` is told of one that cannot be. CheckpointError if it cannot be written; the others are then
+        untouched. A score that is no finite number counts as none.
         """
         about = json.loads(json.dumps(about))  # what cannot be said in JSON is a mistake of ours, found before writing
         score = float(score) if score is not None and math.isfinite(score) else None
@@ -145,8 +145,15 @@ class RunFolder:
             if not isinstance(error, Exception):
                 raise
             raise CheckpointError(self._why_not(folder, error, written)) from error
-        self._remove_older(keep, folder)
+        try:
+            self._remove_older(keep, folder)
+        except OSError as error:
+            say(f"warning: a checkpoint older than {folder} cannot be removed: {reason(error)}")
         return folder
+
+    def has_saved(self) -> bool:
+        """Whether a checkpoint was ever finished here, whatever has become of it."""
+        return any(suffix in ("", ".old") for _, _, suffix in self._folders())
 
     def newest_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
         """The one saved last that is whole to the last byte, and a sentence for each one that was passed over."""
@@ -267,6 +274,17 @@ class RunFolder:
             f"checkpoint {folder} could not be written: {reason(error)}; {free:,} bytes are free on its disk, "
             f"{known}; earlier checkpoints are untouched: {remedy}, then resume"
         )
+
+
+@contextmanager
+def readable() -> Iterator[None]:
+    """UserError for a file or folder that cannot be read inside."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"what the run needs cannot be read: {reason(error)}; give another path, or make it readable"
+        ) from error
 
 
 def unwritable(path: Path, error: OSError) -> UserError:

@@ -42,7 +42,7 @@ def check_sinks(names: Iterable[str]) -> None:
 def wandb_id(run_dir: Path) -> str:
     """The run's id at Weights & Biases, the same after a resume."""
     file = run_dir / "wandb_id.txt"
-    if not file.exists():
+    if not (file.exists() and file.read_text().strip()):  # a full disk leaves an empty one
         file.write_text(uuid.uuid4().hex)
     return file.read_text()
 

@@ -33,9 +33,10 @@ from dpsrl.evaluate import exit_code
 from dpsrl.launch import Checked, Run, ask, dry_run, launch, open_run, preflight
 from dpsrl.metrics import read_events, read_lines, summarize, write_summary
 from dpsrl.report import write_report
-from dpsrl.resume import about_run
+from dpsrl.resume import refuse_if_lost
 from dpsrl.run_folder import unwritable
 from dpsrl.screen import Screen
+from dpsrl.stops import StopRequests
 from dpsrl.types import Group
 
 
@@ -48,7 +49,7 @@ def train(run: Run) -> bool:
         run.driver.step = 0
     run.screen.progress(steps, run.driver.step, read_lines(run.checked.folder.metrics)[0])
     for step in range(run.driver.step + 1, steps + 1):
-        if run.cluster.stop_requested:
+        if run.cluster.stops.num:
             break
         with run.metrics.timer("time/step_s"):
             train_step(run, step)
@@ -195,18 +196,19 @@ def begin_update(run: Run, batch: list[Group], step: int) -> Any:
     config, metrics, ledger = run.config, run.metrics, run.driver.ledger
     if run.early:
         training, updates, run.early = run.early.finish(), run.early.updates, None
+        run.in_update = [sum(update.num_rollouts for update in updates)]
     else:
         in_order = shuffled(batch, config.seed, step)
         groups = train_groups(in_order, config, reference_kl(run, in_order))
         enough = len(groups) >= config.train.num_updates
         updates = lay_out_step(groups, config) if enough else []
         training = run.trainers.begin(updates) if enough else None
+        run.in_update = [update.num_rollouts for update in updates]
     if training is None:
         run.screen.line(f"warning: step {step} has no update, because only {len(batch)} groups can be trained on")
     else:
         metrics.add({f"train/{name}_share": value for name, value in shares(updates).items()})
     ledger.taken(batch, config.algo.mask_truncated, has_update=training is not None)
-    metrics.add({"rollout/num_trained": ledger.trained})
     return training
 
 
@@ -224,13 +226,17 @@ def reference_kl(run: Run, batch: list[Group]) -> list[np.ndarray] | None:
 
 def finish_update(run: Run, training: Any, batch: list[Group], step: int) -> None:
     """Waits for the trainer; warns when engine and trainer have drifted apart, or numbers were not finite."""
-    if training is None:
-        return
-    run.screen.stage("training")
-    measures = run.trainers.finish(training)
-    run.training_s = measures.pop("busy_s")
-    run.metrics.add({"time/train_s": run.training_s} | {f"train/{name}": value for name, value in measures.items()})
-    watch_skipped(run, int(measures["num_skipped"]), step)
+    measures = {}
+    if training is not None:
+        run.screen.stage("training")
+        measures = run.trainers.finish(training)
+        run.training_s, skipped = measures.pop("busy_s"), measures.pop("skipped")
+        run.metrics.add({"time/train_s": run.training_s} | {f"train/{name}": x for name, x in measures.items()})
+        run.driver.ledger.skipped(
+            sum(num for num, is_skipped in zip(run.in_update, skipped, strict=True) if is_skipped)
+        )
+        watch_skipped(run, skipped, step)
+    run.metrics.add({"rollout/num_trained": run.driver.ledger.trained})
     mismatch_kl = measures.get("mismatch_kl", 0.0)
     if mismatch_kl > run.config.algo.mismatch_alarm:
         run.screen.line(
@@ -240,15 +246,18 @@ def finish_update(run: Run, training: Any, batch: list[Group], step: int) -> Non
         )
 
 
-def watch_skipped(run: Run, num_skipped: int, step: int) -> None:
-    """Ends the run after too many updates in a row that were skipped."""
-    if num_skipped:
+def watch_skipped(run: Run, skipped: list[bool], step: int) -> None:
+    """Ends the run after too many updates in a row that were skipped. skipped: of each update of the step."""
+    if num_skipped := sum(skipped):
         run.event("skipped", f"step {step}: {num_skipped} updates were skipped, since loss or gradient was not finite")
-    run.num_skipped = run.num_skipped + num_skipped if num_skipped == run.config.train.num_updates else 0
-    if run.num_skipped >= run.config.trainer.max_skipped:
+    longest = 0
+    for is_skipped in skipped:
+        run.num_skipped = run.num_skipped + 1 if is_skipped else 0
+        longest = max(longest, run.num_skipped)
+    if longest >= run.config.trainer.max_skipped:
         newest = next(reversed(run.checked.folder.list_checkpoints()), None)
         raise StallError(
-            f"{run.num_skipped} updates in a row were not finite, trainer.max_skipped="
+            f"{longest} updates in a row were not finite, trainer.max_skipped="
             f"{run.config.trainer.max_skipped}: lower trainer.lr={run.config.trainer.lr}; "
             f"the last good checkpoint is {newest or 'none yet'}"
         )
@@ -283,11 +292,13 @@ def save(run: Run, score: float | None) -> None:
         "controller": lambda folder: write_state(folder, run.controller.state_dict()),
         "driver": lambda folder: run.driver.write(folder, run.elapsed_s(), record),
     }
-    about, keep = about_run(run.config, run.checked.prompts), run.config.checkpoint.keep
     run.screen.stage("saving")
     try:
         with run.metrics.timer("time/checkpoint_s"):
-            run.checked.folder.save_checkpoint(run.driver.step, parts, about, keep, score)
+            run.checked.folder.save_checkpoint(
+                run.driver.step, parts, run.checked.about, run.config.checkpoint.keep, score,
+                say=lambda text: run.event("checkpoint", text),
+            )  # fmt: skip
         run.saved = run.driver.step
     except CheckpointError as error:  # whatever went wrong in a part
         cause: BaseException | None = error
@@ -307,8 +318,9 @@ def run(config: Config) -> None:
         return
     checked = preflight(config)
     with ExitStack() as stack:
+        stops = stack.enter_context(StopRequests())
         screen = open_run(config, checked, stack)
-        summary = train_until_done(config, checked, screen)
+        summary = train_until_done(config, checked, screen, stops)
         if summary is None:
             return
         screen.stage("writing the report")
@@ -329,7 +341,7 @@ def reported(run_dir: Path, screen: Screen) -> Path | None:
         return None
 
 
-def train_until_done(config: Config, checked: Checked, screen: Screen) -> dict[str, Any] | None:
+def train_until_done(config: Config, checked: Checked, screen: Screen, stops: StopRequests) -> dict[str, Any] | None:
     """Trains, and goes back to the last checkpoint when a party is lost that the run cannot do without.
 
     The summary; None if the run was asked to stop before its end.
@@ -338,7 +350,7 @@ def train_until_done(config: Config, checked: Checked, screen: Screen) -> dict[s
     for attempt in range(config.run.max_restarts + 1):
         try:
             with ExitStack() as stack:
-                parts = launch(config, checked, screen, stack, checkpoint)
+                parts = launch(config, checked, screen, stack, checkpoint, stops)
                 has_started = True
                 return train_from(parts, checked, screen, loss)
         except PartyLost as lost:
@@ -346,7 +358,12 @@ def train_until_done(config: Config, checked: Checked, screen: Screen) -> dict[s
                 raise
             newest, passed_over = checked.folder.newest_checkpoint()
             checkpoint = newest or checked.checkpoint
+            if checkpoint is None:
+                refuse_if_lost(checked.folder, [str(lost), *passed_over])
             back = f"step {checkpoint.step}" if checkpoint else "the start"
+            if stops.num:
+                screen.line(f"{lost}: asked to stop (SIGTERM), and this was not saved; resume=auto goes on from {back}")
+                return None
             loss = f"{lost}: going back to {back} (restart {attempt + 1} of {config.run.max_restarts})"
             for line in [*passed_over, loss]:
                 screen.line(line)

@@ -43,7 +43,7 @@ class TrainerWorker:
         self.reference: Any = None
         self.loss = load_loss(config.algo.loss) if is_own(config.algo.loss) else config.algo.loss
         self._sums: dict[str, float] = {}  # of the step under way: weighted sums over this rank's tokens
-        self._num_skipped = 0  # updates of the step under way
+        self._skipped: list[bool] = []  # by update of the step under way
         self._busy_s = 0.0
 
     def free_port(self) -> int:
@@ -52,20 +52,20 @@ class TrainerWorker:
             probe.bind(("", 0))
             return probe.getsockname()[1]
 
-    def start(self, master_address: str, master_port: int) -> None:
-        """Joins the other ranks and loads the model."""
+    def start(self, meeting: str) -> None:
+        """Joins the other ranks and loads the model. meeting: where, as torch's `init_method`."""
         import deepspeed  # reads DS_ACCELERATOR, which the actor's environment sets, when it is imported
 
         config = self.config
-        os.environ.update(
-            RANK=str(self.rank), WORLD_SIZE=str(self.world_size), LOCAL_RANK="0",
-            MASTER_ADDR=master_address, MASTER_PORT=str(master_port),
-        )  # fmt: skip
+        os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.world_size), LOCAL_RANK="0")
         torch.set_num_threads(self.num_threads)
 
         # Its CPU collectives are compiled for a minute at the first start, for messages that gloo carries well.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend="gloo" if config.cluster.device == "cpu" else "nccl")
+        deepspeed.init_distributed(
+            "gloo" if config.cluster.device == "cpu" else "nccl", auto_mpi_discovery=False, init_method=meeting,
+            rank=self.rank, world_size=self.world_size,
+        )  # fmt: skip
         torch.manual_seed(config.seed)
         policy = self._load()
         self.flash = has_flash_attention(self.device, getattr(torch, config.model.dtype))
@@ -102,14 +102,14 @@ class TrainerWorker:
 
     # --- training -----------------------------------------------------------------------------------
 
-    def train_step(self, updates: list[tuple[list[MicroBatch], float, float]]) -> dict[str, float]:
+    def train_step(self, updates: list[tuple[list[MicroBatch], float, float]]) -> dict[str, Any]:
         """Metrics of one step: an update for each (this rank's micro-batches, total weight, weight trained on)."""
         with self._timed():
             old = [None, *([self._old_logprobs(micro) for micro in micro_batches] for micro_batches, *_ in updates[1:])]
         for (micro_batches, total_weight, trained_weight), old_logprobs in zip(updates, old, strict=True):
             self.accumulate(micro_batches, old_logprobs)
             self.update(total_weight, trained_weight)
-        return self.finish_step(len(updates))
+        return self.finish_step()
 
     def accumulate(self, micro_batches: list[MicroBatch], old_logprobs: list[Tensor] | None = None) -> None:
         """Adds the gradients of the micro-batches to those of the update under way."""
@@ -138,8 +138,8 @@ class TrainerWorker:
                     f"parameters hold NaN or infinity; go on from a checkpoint, with a lower trainer.lr than {lr:.3g}"
                 )
         own = {name: self._sums.pop(name) for name in list(self._sums) if "/" not in name}
-        if not math.isfinite(norm):
-            self._num_skipped += 1
+        self._skipped.append(not math.isfinite(norm))
+        if self._skipped[-1]:
             return
         self.num_updates_done += 1
         done = self._sums.setdefault
@@ -149,27 +149,28 @@ class TrainerWorker:
         self._sums["step/grad_norm"] = done("step/grad_norm", 0.0) + norm / self.world_size
         self._sums["step/lr"] = lr / self.world_size
 
-    def finish_step(self, num_updates: int) -> dict[str, float]:
+    def finish_step(self) -> dict[str, Any]:
         """Sums over ranks, means over the step's updates; `busy_s`, seconds this rank computed.
 
-        Updates that were skipped are in `num_skipped` and nowhere else; with no other, all else is left out.
+        `skipped` says of each update whether it was; those are in nothing else, and with no other, all else is left
+        out.
         """
-        sums, num_skipped, busy_s = self._sums, self._num_skipped, self._busy_s
-        self._sums, self._num_skipped, self._busy_s = {}, 0, 0.0
-        metrics = {"num_skipped": float(num_skipped), "busy_s": busy_s}
-        if num_skipped == num_updates:
+        sums, skipped, busy_s = self._sums, self._skipped, self._busy_s
+        self._sums, self._skipped, self._busy_s = {}, [], 0.0
+        metrics = {"skipped": skipped, "num_skipped": float(sum(skipped)), "busy_s": busy_s}
+        if all(skipped):
             return metrics
         metrics["lr"] = sums.pop("step/lr") * self.world_size
         names = sorted(sums)
         values = torch.tensor([sums[name] for name in names], dtype=torch.float64, device=self.device)
         dist.all_reduce(values)
-        means = (values / (num_updates - num_skipped)).tolist()
+        means = (values / skipped.count(False)).tolist()
         return metrics | {n.removeprefix("step/"): mean for n, mean in zip(names, means, strict=True)}
 
-    def end_step(self, total_weight: float, trained_weight: float) -> dict[str, float]:
+    def end_step(self, total_weight: float, trained_weight: float) -> dict[str, Any]:
         """The one update of a step that was accumulated before, and the step's metrics."""
         self.update(total_weight, trained_weight)
-        return self.finish_step(1)
+        return self.finish_step()
 
     def _step(self, divisor: float) -> None:
         """The optimizer's step on gradients divided by `divisor`, which is what a loss scale is for.

@@ -116,6 +116,7 @@ class Update:
     ranks: list[list[MicroBatch]]
     total_weight: float  # what the loss is divided by: of all groups, those left out for want of a gradient too
     trained_weight: float  # of the loss tokens that are here
+    num_rollouts: int = 0  # of all groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +164,8 @@ def lay_out(
                 continue
             pieces += cut(group, int(first_id), group_weights, max_tokens)
             trained_weight += sum(w * r.size for w, r in zip(group_weights, group.responses, strict=True))
-        updates.append(Update(pack(pieces, num_ranks, max_tokens), total_weight, float(trained_weight)))
+        num_rollouts = sum(len(group.responses) for group in groups[start:stop])
+        updates.append(Update(pack(pieces, num_ranks, max_tokens), total_weight, float(trained_weight), num_rollouts))
     return updates
 
 

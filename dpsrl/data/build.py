@@ -9,8 +9,12 @@ from dpsrl.config import Config, is_countdown
 from dpsrl.data import countdown
 from dpsrl.data.datasets import LoadReport, Row, find_benchmark, load_rows
 from dpsrl.data.prompts import PromptSet
-from dpsrl.rewards.answers import is_scorable
+from dpsrl.rewards import answers
+from dpsrl.rewards.countdown import is_answer
 from dpsrl.types import UserError
+
+# By reward, what tells a reference answer that a response could match.
+IS_SCORABLE: dict[str, Callable[[Any], bool]] = {"math": answers.is_scorable, "countdown": is_answer}
 
 
 def load_tokenizer(path: str) -> Any:
@@ -34,23 +38,26 @@ def training_prompts(config: Config, tokenizer: Any) -> PromptSet:
     data = config.data
     if data.train == "countdown":
         return _countdown(config, tokenizer, data.countdown.numbers, data.countdown.num_train, "train")
-    return _prompts_of(data.train, data.split, config, tokenizer)
+    return _prompts_of(data.train, data.split, config.reward.fn, config, tokenizer)
 
 
-def _prompts_of(source: str, split: str, config: Config, tokenizer: Any) -> PromptSet:
+def _prompts_of(source: str, split: str, reward_fn: str, config: Config, tokenizer: Any) -> PromptSet:
     data = config.data
     rows, report = load_rows(
         source, prompt_key=data.prompt_key, answer_key=data.answer_key, split=split, max_bad_share=data.max_bad_share
     )
     return PromptSet(
-        rows, report, tokenizer, data.instruction, config.model.max_prompt_tokens, _is_scorable(config),
+        rows, report, tokenizer, data.instruction, config.model.max_prompt_tokens,
+        IS_SCORABLE.get(reward_fn),
         max_bad_share=data.max_bad_share,
     )  # fmt: skip
 
 
-def _is_scorable(config: Config) -> Callable[[Any], bool] | None:
-    """What tells a reference answer that no response could match; only the math reward can."""
-    return is_scorable if config.reward.fn == "math" else None
+def reward_of(benchmark: str, config: Config) -> str:
+    """Countdown checks itself; the others take the run's reward, or math where that is Countdown's."""
+    own = config.reward.fn
+    of_benchmark = "math" if own == "countdown" and benchmark != "train" else own
+    return "countdown" if is_countdown(benchmark) else of_benchmark
 
 
 def benchmark_prompts(name: str, config: Config, tokenizer: Any) -> PromptSet:
@@ -64,7 +71,7 @@ def benchmark_prompts(name: str, config: Config, tokenizer: Any) -> PromptSet:
     if is_countdown(name):
         numbers = data.countdown.numbers if name == "countdown" else [_count_of(name)]
         return _countdown(config, tokenizer, numbers, data.countdown.num_test, "test")
-    return _prompts_of(find_benchmark(name, data.eval_dir), "test", config, tokenizer)
+    return _prompts_of(find_benchmark(name, data.eval_dir), "test", reward_of(name, config), config, tokenizer)
 
 
 def _count_of(name: str) -> int:

@@ -27,6 +27,7 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(?::[\w.-]+)?")  # owner/name or own
 FILE_SUFFIX = re.compile(r"\.(?:csv|tsv|txt|xlsx?|ya?ml|pkl|gz|bz2|xz|zip|zst|jsonl?|parquet)$", re.I)
 SHOWN_COLUMNS = 20
 MAX_LEVELS = 32  # of lists and mappings inside an answer
+MAX_INT_BITS = 14_000
 NO_ANSWER_TYPE = "with an answer that is neither text nor a number"
 
 
@@ -173,6 +174,8 @@ def row_of(problem: Any, answer: Any, number: int) -> Row | str:
         return "without an answer"
     if any(isinstance(item, bool) or not isinstance(item, str | int | float | None) for item in answers):
         return NO_ANSWER_TYPE
+    if any(map(_is_huge, answers)):
+        return TOO_LARGE
     texts = [str(item) for item in answers if not _is_missing(item)]
     texts = [text for text in texts if text.strip()]
     if not texts:
@@ -184,8 +187,16 @@ def _is_plain(value: Any, levels: int = MAX_LEVELS) -> bool:
     """Whether JSON holds it, without nesting that would exhaust the stack of whoever copies it."""
     if isinstance(value, dict | list):
         items = value.values() if isinstance(value, dict) else value
-        return levels > 0 and all(_is_plain(item, levels - 1) for item in items)
-    return value is None or isinstance(value, str | int | float)
+        named = not isinstance(value, dict) or all(isinstance(key, str) for key in value)
+        return named and levels > 0 and all(_is_plain(item, levels - 1) for item in items)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, str) or isinstance(value, int) and not _is_huge(value)
+
+
+def _is_huge(value: Any) -> bool:
+    """Python refuses to write a number of more than 4,300 digits, some 14,000 bits."""
+    return isinstance(value, int) and value.bit_length() > MAX_INT_BITS
 
 
 def _is_missing(value: Any) -> bool:

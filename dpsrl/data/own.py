@@ -29,7 +29,7 @@ def own_rows(source: str, prompt_key: str, answer_key: str) -> Iterator[dict[str
             yield _columns(row, prompt_key, answer_key)
     except (UserError, GeneratorExit):
         raise
-    except Exception as error:  # whatever a person's function does
+    except (Exception, SystemExit) as error:  # whatever a person's function does
         raise UserError(f"{label} failed after row {number:,} with {told(error)}; mend it.") from error
 
 

@@ -58,7 +58,7 @@ def read_answer(answer: Mapping[str, Any] | str) -> tuple[list[int], int]:
     if isinstance(answer, str):
         try:
             record = json.loads(answer)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, or nested without end
             record = None
     if isinstance(record, Mapping):
         numbers: Any = record.get("numbers")
@@ -66,9 +66,25 @@ def read_answer(answer: Mapping[str, Any] | str) -> tuple[list[int], int]:
         if isinstance(numbers, list | tuple) and numbers and all(_is_count(n) for n in (*numbers, target)):
             return [int(n) for n in numbers], int(target)
     raise UserError(
-        f"a Countdown answer is {str(answer)[:80]!r}, must hold non-negative integers: "
+        f"a Countdown answer is {_shown(answer)}, must hold non-negative integers: "
         'give {"numbers": [3, 5, 7], "target": 15}.'
     )
+
+
+def is_answer(answer: Any) -> bool:
+    """Whether `score` takes it."""
+    try:
+        read_answer(answer)
+    except UserError:
+        return False
+    return True
+
+
+def _shown(answer: Any) -> str:
+    try:
+        return repr(str(answer)[:80])
+    except (ValueError, RecursionError):  # a number of thousands of digits
+        return f"a {type(answer).__name__}"
 
 
 def _is_count(value: Any) -> bool:

@@ -34,7 +34,7 @@ def gradient_worker() -> type:
             for micro in micro_batches:
                 self.accumulate([micro])
             self.update(total_weight, trained_weight)
-            return self.finish_step(1)
+            return self.finish_step()
 
     return GradientWorker
 

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -29,14 +28,14 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Rank:
     """Runs in a process of its own: one trainer rank after another."""
 
-    def __init__(self, rank: int, port: int) -> None:
-        self.rank, self.port = rank, port
+    def __init__(self, rank: int, meeting: str) -> None:
+        self.rank, self.meeting = rank, meeting
 
     def start(self, config: Config) -> None:
         from dpsrl.trainer import TrainerWorker
 
         self.worker = TrainerWorker(config, self.rank, num_threads=1)
-        self.worker.start("127.0.0.1", self.port)
+        self.worker.start(self.meeting)
 
     def train(self, updates: list[Update]) -> dict[str, float]:
         return self._metrics(self.worker.train_step([self._own(update) for update in updates]))
@@ -73,7 +72,7 @@ class Rank:
         return update.ranks[self.rank], update.total_weight, update.trained_weight
 
     def _metrics(self, metrics: dict[str, float]) -> dict[str, float]:
-        del metrics["busy_s"]
+        del metrics["busy_s"], metrics["skipped"]
         return metrics | {"num_updates_done": self.worker.num_updates_done}
 
     def save(self, folder: str) -> None:
@@ -112,9 +111,9 @@ class Rank:
         return [float(state["step"]) for state in self.worker.engine.basic_optimizer.state.values()]
 
 
-def serve(address: str, rank: int, port: int) -> None:
+def serve(address: str, rank: int, meeting: str) -> None:
     with Client(address) as pipe:
-        served = Rank(rank, port)
+        served = Rank(rank, meeting)
         while request := pipe.recv():
             name, args = request
             try:
@@ -128,9 +127,6 @@ class Ranks:
 
     def __init__(self, num: int, folder: Path) -> None:
         self.num = num
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = str(probe.getsockname()[1])
         root = Path(__file__).parents[2]
         env = os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(root)}
         env |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -138,7 +134,7 @@ class Ranks:
         for rank in range(num):
             address = str(folder / f"rank-{rank}")
             with Listener(address) as listener:
-                command = [sys.executable, __file__, address, str(rank), port]
+                command = [sys.executable, __file__, address, str(rank), f"file://{folder}/meeting"]
                 with (folder / f"rank-{rank}.log").open("w") as log:
                     self.processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
                 self.pipes.append(listener.accept())
@@ -447,4 +443,4 @@ def test_weights_that_are_no_longer_finite_end_the_trainer(ranks, layout):
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    serve(sys.argv[1], int(sys.argv[2]), sys.argv[3])

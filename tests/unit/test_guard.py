@@ -58,6 +58,19 @@ def test_so_does_one_that_ends_well():
     assert process.wait(timeout=60) == 0 and gone(pids)
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_guard_that_is_itself_killed_or_stopped_is_made_up_for(monkeypatch, number):
+    monkeypatch.setattr("dpsrl.guard.ENDS_WITHIN_S", 1.0)
+    with Guard() as guard:
+        first = subprocess.Popen(["sleep", "600"])
+        guard.follow([first.pid])
+        os.kill(guard._process.pid, number)
+        second = subprocess.Popen(["sleep", "600"])
+        time.sleep(0.2)
+        guard.follow([second.pid])
+    assert first.wait(timeout=30) == second.wait(timeout=30) == -signal.SIGKILL
+
+
 def test_others_are_left_alone():
     mine = subprocess.Popen(["sleep", "600"])
     assert mine.pid in children(os.getpid())

@@ -29,6 +29,9 @@ def test_an_account_by_hand():
         "holds": True,
     }  # fmt: skip
     assert not ledger.balance(carried=2)["holds"] and not ledger.balance(carried=0)["holds"]
+    ledger.skipped(2)  # the update was not finite
+    assert ledger.trained == 0 and ledger.dropped["in an update that was skipped"] == 2
+    assert ledger.balance(carried=1)["holds"]
 
 
 score = st.one_of(st.none(), st.sampled_from([0.0, 1.0]))

@@ -132,9 +132,10 @@ def test_a_resumed_run_holds_each_step_once(tmp_path):
 
 def test_a_new_run_begins_with_an_empty_file(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n')
+    path.write_text('{"step": 1}\n{"step": 0, "event": "restart", "text": "trainer-0 died"}\n')
     Metrics(path)
-    assert path.read_text() == ""
+    assert [record["event"] for record in read_events(path)] == ["restart"]  # what happened has happened
+    assert read_lines(path)[0] == []
 
 
 # --- groups -------------------------------------------------------------------------------------------
@@ -247,3 +248,23 @@ def test_a_full_disk_costs_lines_and_is_said_once(tmp_path):
     metrics.close_step(0)
     metrics.close_step(1)
     assert len(said) == 1 and "cannot be written (No space left on device)" in said[0]
+
+
+def test_a_line_that_was_written_in_part_spoils_no_other(tmp_path):
+    metrics = Metrics(tmp_path / "metrics.jsonl", say=lambda _: None)
+    metrics.close_step(0)
+    whole = metrics._file._file
+
+    class Filling:
+        def __getattr__(self, name):
+            return getattr(whole, name)
+
+        def write(self, line):
+            return whole.write(line[:5])
+
+    metrics._file._file = Filling()
+    metrics.close_step(1)
+    metrics._file._file = whole  # there is space again
+    metrics.close_step(2)
+    records, num_unreadable = read_lines(tmp_path / "metrics.jsonl")
+    assert [record["step"] for record in records] == [0, 2] and num_unreadable == 0

@@ -44,6 +44,8 @@ def test_pass_rates_are_summed_and_matched_by_id(tmp_path):
         line(3, 1, 8),
         {"prompt_id": "a"},
         line("a", True, 8),
+        line("a", 1, 10**30),
+        "[" * 100_000,
     ],
 )
 def test_a_bad_line_is_named(tmp_path, bad):

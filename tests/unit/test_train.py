@@ -1,4 +1,4 @@
-"""The driver's loop where a real run is not needed: what becomes of a save that fails."""
+"""The driver's loop where a real run is not needed: what becomes of failed saves and updates, and of a lost party."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -6,20 +6,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dpsrl.cluster import PartyLost
+import dpsrl.train
+from dpsrl.cluster import PartyLost, StallError
 from dpsrl.config import load_config
 from dpsrl.resume import Driver
 from dpsrl.run_folder import RunFolder
-from dpsrl.train import save
+from dpsrl.stops import StopRequests
+from dpsrl.train import save, train_until_done, watch_skipped
 
 pytestmark = pytest.mark.process
-
-
-class Prompts:
-    content_hash = "0"
-
-    def __len__(self):
-        return 1
 
 
 @pytest.fixture
@@ -37,7 +32,7 @@ def run(tmp_path):
         trainers=SimpleNamespace(save_model=write, save_state=write),
         controller=SimpleNamespace(state_dict=lambda: {"beliefs": np.zeros(3)}),
         checked=SimpleNamespace(
-            folder=RunFolder(tmp_path / "run"), prompts=Prompts(),
+            folder=RunFolder(tmp_path / "run"), about={}, checkpoint=None,
             tokenizer=SimpleNamespace(save_pretrained=lambda folder: None),
         ),
     )  # fmt: skip
@@ -67,3 +62,42 @@ def test_a_disk_that_refuses_costs_the_checkpoint_alone(run):
     save(run, None)
     ((kind, text),) = run.said
     assert kind == "checkpoint" and "No space left on device" in text and run.saved == 0
+
+
+def test_a_checkpoint_that_cannot_be_removed_costs_nothing(run, monkeypatch):
+    monkeypatch.setattr(RunFolder, "_remove_older", fail(OSError(16, "Device or resource busy", "step_0")))
+    save(run, None)
+    assert run.said == [
+        ("checkpoint", f"warning: a checkpoint older than {run.checked.folder.checkpoints}/step_1 cannot be removed: "
+         "Device or resource busy (step_0)")
+    ]  # fmt: skip
+    assert run.saved == 1 and run.checked.folder.newest_checkpoint()[0].step == 1
+
+
+def test_updates_in_a_row_are_counted_across_steps_and_within_one(run):
+    run.num_skipped, run.config.trainer.max_skipped = 0, 5
+    watch_skipped(run, [True, True, False, True], 1)
+    assert run.num_skipped == 1
+    watch_skipped(run, [True, False, True, True], 2)
+    watch_skipped(run, [True, False, False, False], 3)
+    assert run.num_skipped == 0
+    with pytest.raises(StallError, match="5 updates in a row were not finite, trainer.max_skipped=5"):
+        watch_skipped(run, [False, *[True] * 5, False, False], 4)
+
+
+def test_a_party_lost_after_a_request_to_stop_is_not_started_again(run, monkeypatch):
+    said, stops = [], StopRequests()
+
+    def lose(*_):
+        stops.num = 1
+        raise PartyLost("trainer-0 died while it should train", [])
+
+    monkeypatch.setattr(dpsrl.train, "launch", lambda *_: run)
+    monkeypatch.setattr(dpsrl.train, "train_from", lose)
+    save(run, None)
+    screen = SimpleNamespace(line=said.append)
+    assert train_until_done(run.config, run.checked, screen, stops) is None
+    assert said == [
+        "trainer-0 died while it should train: asked to stop (SIGTERM), and this was not saved; resume=auto goes on "
+        "from step 1"
+    ]
