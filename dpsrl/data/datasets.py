@@ -175,7 +175,7 @@ def row_of(problem: Any, answer: Any, number: int) -> Row | str:
     if any(isinstance(item, bool) or not isinstance(item, str | int | float | None) for item in answers):
         return NO_ANSWER_TYPE
     if any(map(_is_huge, answers)):
-        return TOO_LARGE
+        return "with a number of thousands of digits"
     texts = [str(item) for item in answers if not _is_missing(item)]
     texts = [text for text in texts if text.strip()]
     if not texts:

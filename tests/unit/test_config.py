@@ -80,6 +80,9 @@ def test_another_method_does_not_inherit_the_recipes_options():
         ("train.max_lag=-1", ["train.max_lag=-1"]),
         ("log.wandb=true", ["log.wandb", "log.to=[wandb]"]),
         ("log.to=wandb", ["log.to=[wandb]"]),
+        ("seed=4294967296", ["seed=4294967296", "at most 4294967295"]),
+        ("trainer.lr=inf", ["trainer.lr=inf", "no finite number"]),
+        ("run.stall_s=nan", ["run.stall_s=nan", "no finite number"]),
         ("log.to=[wandb,mlflow]", ["log.to=mlflow", "wandb, tensorboard"]),
     ],
 )

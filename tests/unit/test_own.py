@@ -26,6 +26,14 @@ def rows():
 
 def rows_of(path): return []
 def no_rows(): return "text"
+def huge():
+    yield "1+1?", "2"
+    yield "2+2?", {"target": 10**5000}
+    yield "3+3?", 10**5000
+    yield "4+4?", {1: 2, "b": 3}
+def exits():
+    yield "1+1?", "2"
+    raise SystemExit(0)
 def late():
     yield "1+1?", "2"
     raise OSError("gone")
@@ -136,12 +144,22 @@ def test_rows_of_a_function():
     assert "larger share than data.max_bad_share=0.1" in refusal(load_rows, "own_module:rows", max_bad_share=0.1)
 
 
+def test_answers_that_no_file_could_hold_are_dropped():
+    rows, report = load_rows("own_module:huge")
+    assert rows == [Row("1+1?", "2", 1)]
+    assert report.dropped == {
+        "with an answer that maps to what JSON cannot hold": [2, 4],
+        "with a number of thousands of digits": [3],
+    }
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
         ("rows_of", "takes (path) (missing a required argument: 'path'); write it as def rows_of(): with a return or"),
         ("no_rows", "returned str, not rows"),
         ("late", "failed after row 1 with OSError: gone (own_module.py, line"),
+        ("exits", "failed after row 1 with SystemExit: 0 (own_module.py, line"),
     ],
 )
 def test_refused_data(name, words):

@@ -1,6 +1,7 @@
 """Bad input ends in one sentence and exit code 2, before a folder is made or an actor is started."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -55,6 +56,27 @@ def test_data(refuse, tmp_path, rows):
     message = refuse(*MATH, f"data.train={rows}", "train.batch=10", "train.num_updates=1")
     assert "train.batch=10" in message and "9 prompts" in message
     assert "data.answer_key=solution" in refuse(*MATH, f"data.train={rows}", "data.answer_key=solution")
+
+
+def test_answers_that_countdown_cannot_check_are_found_at_once(refuse, tmp_path):
+    answers = ["5", {"numbers": ["a"], "target": 3}, {"numbers": [3, 5]}, "7" * 5000]
+    good = [{"problem": f"{i} 5={i + 5}:", "answer": {"numbers": [i, 5], "target": i + 5}} for i in range(8)]
+    rows = good + [{"problem": f"{i}?", "answer": answer} for i, answer in enumerate(answers)]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    keys = ["+recipe=quickstart", "data.train=own.jsonl", "eval.benchmarks=[]", "data.max_bad_share=0.1"]
+    message = refuse(*keys, "train.batch=4")
+    assert "4 with an answer that no response can match (rows 9, 10, 11, 12)" in message
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_what_cannot_be_read(refuse, tmp_path):
+    (tmp_path / "closed").mkdir(mode=0o000)
+    assert "cannot be read: Permission denied" in refuse("+recipe=quickstart", "run.dir=closed/run")
+
+
+def test_names_that_no_disk_takes(refuse):
+    for key in ("run.dir", "model.path", "selection.warm_start"):
+        assert "File name too long" in refuse("+recipe=quickstart", f"{key}={'x' * 300}")
 
 
 def test_bad_data(refuse, tmp_path, rows):

@@ -52,6 +52,7 @@ DIRT = [
     ({"problem": "f?", "answer": [None, ""]}, "with an empty answer"),
     ({"problem": "g?", "answer": True}, "with an answer that is neither text nor a number"),
     ({"problem": "h?", "answer": [["1"]]}, "with an answer that is neither text nor a number"),
+    (b'{"problem": "i?", "answer": {"x": NaN}}', "with an answer that maps to what JSON cannot hold"),
 ]
 
 

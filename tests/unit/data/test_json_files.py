@@ -168,11 +168,12 @@ def test_another_format_behind_the_suffix_is_named(tmp_path, suffix, head, words
 
 def test_a_mapping_that_nothing_could_carry_is_dropped(tmp_path):
     deep = b'{"problem": "1?", "answer": {"a": ' + b"[" * 500 + b"]" * 500 + b"}}"
-    fine = b'{"problem": "2?", "answer": {"a": [[1, null, true, {"b": NaN}]]}}'
-    (tmp_path / "a.jsonl").write_bytes(deep + b"\n" + fine)
+    fine = b'{"problem": "2?", "answer": {"a": [[1, null, true, {"b": 0.5}]]}}'
+    nan = b'{"problem": "3?", "answer": {"a": [NaN]}}'  # which no log of answers could hold
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([deep, fine, nan]))
     rows, report = load_rows(str(tmp_path / "a.jsonl"))
     assert [row.number for row in rows] == [2]
-    assert report.dropped == {"with an answer that maps to what JSON cannot hold": [1]}
+    assert report.dropped == {"with an answer that maps to what JSON cannot hold": [1, 3]}
 
 
 def test_column_names_are_shown_in_one_line_and_not_all_of_them(tmp_path):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpsrl.data.countdown import random_expression
-from dpsrl.rewards.countdown import FORMAT_REWARD, MAX_CHARS, MAX_DEPTH, score, score_with_format
+from dpsrl.rewards.countdown import FORMAT_REWARD, MAX_CHARS, MAX_DEPTH, is_answer, score, score_with_format
 from dpsrl.types import Score, UserError
 
 ANSWER = {"numbers": [3, 5, 7], "target": 15}
@@ -95,11 +95,15 @@ def test_answer_may_be_json_text():
         {"numbers": [3, -5], "target": 2},
         {"numbers": [3, 5], "target": True},
         {"numbers": "35", "target": 8},
+        pytest.param("9" * 5000, id="long"),
+        pytest.param("[" * 100_000, id="deep"),
+        pytest.param(10**5000, id="huge"),
     ],
 )
 def test_malformed_answer_is_refused(answer):
     with pytest.raises(UserError, match="Countdown answer"):
         score("3+5", answer)
+    assert not is_answer(answer) and is_answer(ANSWER)
 
 
 def test_format_reward_only_for_a_closed_wrong_answer():
