@@ -143,7 +143,8 @@ def next_groups(run: Run) -> list[Group]:
     admitted, more = run.controller.admit(outcomes)
     for (group, texts), count, is_admitted in zip(taken, counts, admitted, strict=True):
         _, predicted = driver.under_way.pop(group.index)
-        run.metrics.add({"selection/predicted_share": predicted})
+        if predicted == predicted:  # NaN where the method predicts nothing
+            run.metrics.add({"selection/predicted_share": predicted})
         run.group_log.write(driver.num_generated, group, count, is_admitted, predicted)
         run.response_log.offer(driver.num_generated, group, count, texts)
         driver.ledger.came_back(group, is_admitted)
