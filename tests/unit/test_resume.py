@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import dpsrl.resume
 from dpsrl.checkpoint import BrokenCheckpoint
 from dpsrl.config import PACKAGE_DIR, load_config
+from dpsrl.launch import open_run, preflight
 from dpsrl.resume import Driver, about_run, check_same_run, choose_checkpoint, model_fingerprint, read_driver
 from dpsrl.run_folder import RunFolder
 from dpsrl.types import UserError
@@ -104,3 +106,14 @@ def test_another_benchmark_is_remarked_on_and_another_model_refused(tmp_path):
     assert remark.startswith("warning: benchmark countdown has other content than at the checkpoint")
     with pytest.raises(UserError, match="configuration, tokenizer or weights differ"):
         check_same_run(checkpoint, config, about | {"model": "other"})
+
+
+def test_a_run_that_another_took_further_meanwhile_is_not_taken_back(folder):
+    keys = ["+recipe=quickstart", "data.countdown.num_train=64", "data.countdown.num_test=8"]
+    config = load_config([*keys, f"run.dir={folder.path}", "resume=auto"])
+    shutil.rmtree(folder.checkpoints)
+    (folder.path / "config.yaml").touch()
+    checked = preflight(config)
+    folder.save_checkpoint(300, {"model": lambda path: (path / "weights").touch()}, {}, keep=2)
+    with ExitStack() as stack, pytest.raises(UserError, match="was written to by another run just now: start again"):
+        open_run(config, checked, stack)
