@@ -32,6 +32,10 @@ def late():
 
 def by_length(response, answer): return len(response) == len(answer)
 def text(response, answer): return "1.0"
+def broken(response, answer): return response.no_such_thing
+def hanging(response, answer):
+    while True: pass
+def leaving(response, answer): raise SystemExit(3)
 def picky(response, answer): return float(response.split("know")[1] == answer)
 
 def loss(logprobs, old_logprobs, advantages, rows): return -advantages * logprobs
@@ -154,6 +158,19 @@ def test_a_reward_is_tried_before_anything_is_started():
     assert "'1.0', not a Score, a bool or a finite number" in refusal(try_function, "own_module:text", "1", 5.0)
     (remark,) = try_function("own_module:picky", "1", 5.0)
     assert "IndexError" in remark and "missing, which is not 0" in remark
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("broken", "failed on both: AttributeError: 'str' object has no attribute 'no_such_thing' (own_module.py, line"),
+        ("hanging", "failed on both: it took over 1 s; mend it"),
+        ("leaving", "failed on both: SystemExit: 3 (own_module.py, line"),
+    ],
+)
+def test_a_reward_that_scores_nothing_is_refused(name, words):
+    assert words in refusal(try_function, f"own_module:{name}", "1", 1.0)
 
 
 @pytest.mark.parametrize(
