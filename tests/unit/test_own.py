@@ -81,6 +81,20 @@ class Late(Mine):
     def observe(self, *groups): self.last = groups[0].size
 class Hiding(Mine):
     def score(self): return np.random.random(self.rate.size)
+class Yielding(Mine):
+    def observe(self, ids, num_solved, num_rollouts): yield
+class Awaiting(Mine):
+    async def score(self): return self.rate
+class Leaving(Mine):
+    def score(self): raise SystemExit(3)
+class Empty(Mine):
+    def score(self): return self.rate / np.where(self.rate > 0, np.nan, 1)
+class Endless(Mine):
+    def score(self): return self.rate + np.inf
+class Placed(Mine):
+    def __init__(self, num_prompts, num_rollouts, alpha=1.0, *others, smoothing=0.3, **more):
+        super().__init__(num_prompts, num_rollouts, smoothing=smoothing)
+        self.alpha = alpha
 
 number = 3
 """
@@ -223,6 +237,7 @@ def test_the_highest_scores_are_selected():
     assert set(selector.select(5, exclude=[0, 1])) > {2, 3, 4}
     assert selector.coverage == 7 / 20
     np.testing.assert_allclose(selector.predict(), 1 / 3)
+    assert not selector.predicts and build("Predicting").predicts
 
 
 def test_a_prediction_alone_will_do():
@@ -235,6 +250,8 @@ def test_a_prediction_alone_will_do():
 def test_pieces_and_options_go_with_it():
     assert build(smoothing=0.9).belief._object.smoothing == 0.9
     assert len(set(build(pick="gumbel", temperature=0.1, rest=2).select(7))) == 7
+    placed = build("Placed", alpha=2.0, smoothing=0.9).belief._object
+    assert (placed.alpha, placed.smoothing) == (2.0, 0.9) and build("Placed").belief._object.alpha == 1.0
     for options, words in (
         ({"quota": 0.1}, "'quota' has no effect"),
         ({"smoothin": 0.1}, "did you mean 'smoothing'"),
@@ -259,6 +276,11 @@ def test_pieces_and_options_go_with_it():
         ("Growing", "attribute smoothing was float64 after __init__ and is float64 (3,) now"),
         ("Late", "attribute last was not there after __init__ and is int64 now"),
         ("Hiding", "does not go on alike after a restart"),
+        ("Yielding", "observe is a generator, whose call runs none of it; write it as def observe(self, ids"),
+        ("Awaiting", "score is a coroutine, whose call runs none of it; write it as def score(self)"),
+        ("Leaving", "score failed with SystemExit: 3 (own_module.py, line"),
+        ("Empty", "score returned an array (20,) that holds NaN; it must be (20,) finite numbers"),
+        ("Endless", "score returned an array (20,) that holds inf; it must be"),
     ],
 )
 def test_refused_methods(name, words):
