@@ -162,7 +162,7 @@ def judge_predictions(controller: Any, rate_N: np.ndarray, rng: np.random.Genera
 
 
 def predicted(controller: Any, rows: np.ndarray) -> np.ndarray:
-    """The chance of a mixed group; a third where the method predicts nothing, so that it can be judged beside others."""
+    """The chance of a mixed group; a third where the method predicts nothing, which is judged beside the others."""
     return controller.chance_N[rows] if isinstance(controller, Clairvoyant) else controller.selector.predict(rows)[:, 1]
 
 

@@ -178,7 +178,7 @@ def test_a_reward_is_tried_before_anything_is_started():
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("broken", "failed on both: AttributeError: 'str' object has no attribute 'no_such_thing' (own_module.py, line"),
+        ("broken", "failed on both: AttributeError: 'str' object has no attribute 'no_such_thing' (own_module"),
         ("hanging", "failed on both: it took over 1 s; mend it"),
         ("leaving", "failed on both: SystemExit: 3 (own_module.py, line"),
     ],
