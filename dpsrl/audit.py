@@ -42,16 +42,16 @@ class Audit:
         latest = np.stack([predicted_A, mixed_A, likeliest_A], axis=1)
         self._judged = np.concatenate([self._judged, latest])[-WINDOW:]
 
-    def metrics(self) -> dict[str, float]:
-        """Nothing until there are MIN_GROUPS."""
+    def metrics(self, predicts: bool = True) -> dict[str, float]:
+        """Nothing until there are MIN_GROUPS; predicts: whether there are predictions to be judged."""
         if len(self._judged) < MIN_GROUPS:
             return {}
         predicted, mixed, _ = self._judged.T
-        return {
+        judged = {
             "selection/audit_brier": float(((predicted - mixed) ** 2).mean()),
             "selection/audit_calibration": calibration_error(predicted, mixed),
-            "selection/audit_mixed_share": float(mixed.mean()),
         }
+        return (judged if predicts else {}) | {"selection/audit_mixed_share": float(mixed.mean())}
 
     def state_dict(self) -> dict[str, np.ndarray]:
         return {"judged": self._judged.copy(), "num_drawn": np.array(self._num_drawn)}

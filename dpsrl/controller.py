@@ -109,11 +109,11 @@ class Controller:
 
         After a restart from a state saved in mid-step these are to be rolled out again.
         """
-        return [(index, flight.partial) for index, flight in self._in_flight.items()]
+        return [(index, self._told(flight.partial)) for index, flight in self._in_flight.items()]
 
     def select(self, num_prompts: int | None = None) -> list[tuple[int, float]]:
         """(index, P(partial)) of prompts to roll out, in flight from here on; with admission `all` as many as make a
-        batch and the spare ones, with those in flight and carried over.
+        batch and the spare ones, with those in flight and carried over. NaN where the method predicts nothing.
 
         Never a prompt in flight, carried over, or come back in this step. UserError when too few are left, except that
         a refilling admission takes what there is.
@@ -189,7 +189,7 @@ class Controller:
         A prompt still in flight is lost and released without evidence; with `ahead`, it belongs to a later step and
         stays in flight. begun: admitted prompts whose groups the trainer has begun on, which are in this step's batch
         before others. Shares and the Brier score are over the groups with at least one reward, and left out when
-        there is none.
+        there is none. A method that predicts nothing has the Brier score of a third each, and no audited one.
         """
         # By index, so that the order in which groups came back cannot change the last bit of anything.
         came_back = [self._came_back[index] for index in sorted(self._came_back)]
@@ -223,7 +223,7 @@ class Controller:
         uses = self.selector.uses()
         if uses.any():
             metrics |= {"selection/uses_mean": float(uses[uses > 0].mean()), "selection/uses_max": float(uses.max())}
-        return metrics | self._audit.metrics()
+        return metrics | self._audit.metrics(self.selector.predicts)
 
     def trained(self) -> list[int]:
         """The prompts whose groups are trained on in the step that `observe` ended: carried over first, then new."""
@@ -264,9 +264,12 @@ class Controller:
             partial = states_S[PARTIAL]
             likeliest = partial > max(states_S[UNSOLVED], states_S[SOLVED])
             self._in_flight[index] = Flight(partial, likeliest, place >= len(ids) - num_audited)
-            selected.append((index, partial))
+            selected.append((index, self._told(partial)))
         self._order += [index for index, _ in selected]
         return selected
+
+    def _told(self, partial: float) -> float:
+        return partial if self.selector.predicts else math.nan
 
     # --- what is known ------------------------------------------------------------------------------------
 

@@ -101,7 +101,7 @@ def recipe_findings(names: list[list[str]], needs: Tried, decisive: list[str], r
         words = f"cannot be read: {needs.fault}"
         return [Finding("recipes", "recipes", MISSING, words, "install the packages that are missing first", True)]
     rows = []
-    for name, need in zip(names, needs.facts, strict=True):
+    for name, need in zip(names, needs.facts):
         if "refused" in need:
             raise SystemExit(need["refused"])
         short = list(need["short"])

@@ -73,10 +73,17 @@ def group_of(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
         row = {name: record[name] for name in GROUPS.names[:-1]}
-        num_solved, num_rollouts = row["num_solved"], row["num_rollouts"]
-        place = int(num_solved > 0) + int(num_solved == num_rollouts)
-    except (ValueError, KeyError, TypeError):
+        row["prompt_id"].encode()  # half a surrogate pair is no text
+        float(row["predicted"] or 0)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
+    num_solved, num_rollouts = row["num_solved"], row["num_rollouts"]
+    counts = (row["step"], row["policy_version"], num_solved, num_rollouts)
+    if type(row["admitted"]) is not bool or type(row["predicted"]) not in (int, float, type(None)):
+        return None
+    if not all(type(count) is int and 0 <= count < 1 << 31 for count in counts):
+        return None
+    place = int(num_solved > 0) + int(num_solved == num_rollouts)
     return row | {"state": STATES[place] if num_rollouts else None}
 
 
@@ -90,6 +97,8 @@ def export_posterior(run: Path, out: Path) -> tuple[int, Path]:
     selector = build_selector(
         **selector_config(config), num_prompts=len(ids_N), num_rollouts=config.rollout.num_rollouts, seed=config.seed
     )
+    if not selector.predicts:
+        raise UserError(f"selection.method={config.selection.method} predicts nothing: leave out --posterior")
     selector.load_state_dict(part_of(state, "selector."))
 
     def tables() -> Iterator[pyarrow.Table]:
@@ -125,12 +134,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--posterior", action="store_true", help="also the last checkpoint's beliefs, beside it")
     options = parser.parse_args(arguments)
     out = options.out or options.run / "groups.parquet"
+    beside = out.with_name("posterior.parquet")
     try:
+        if options.posterior and out == beside:
+            raise UserError(f"{out} is where --posterior writes the beliefs: give another --out")
         num_rows, num_bad = export_groups(RunFolder(options.run).groups, out)
         left_out = f"; lines that could not be read and are left out: {num_bad:,}" if num_bad else ""
         print(f"{out}: {num_rows:,} groups{left_out}")
         if options.posterior:
-            beside = out.with_name("posterior.parquet")
             num_rows, checkpoint = export_posterior(options.run, beside)
             print(f"{beside}: {num_rows:,} prompts, after {checkpoint.name}")
     except UserError as error:

@@ -1,6 +1,7 @@
 """What is installed beside dpsrl, at which version, against what pyproject.toml pins. The standard library alone.
 
-Nothing is imported here but in processes of their own: a package may be missing, raise, crash or hang.
+Nothing is imported here but in processes of their own: a package may be missing, raise, crash or hang. As all of the
+doctor's, it runs from Python 3.8 on, so that the doctor can say which is needed.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ def load_all(wanted: list[Pin], deadline_s: float) -> dict[str, Tried]:
     here = [pin for pin in wanted if is_there(pin.module)]
     with ThreadPoolExecutor(max(2, min(4, os.cpu_count() or 1))) as pool:
         results = pool.map(lambda pin: attempt(_code(pin), deadline_s), here)
-        return dict(zip((pin.name for pin in here), results, strict=True))
+        return {pin.name: result for pin, result in zip(here, results)}
 
 
 def _code(pin: Pin) -> str:

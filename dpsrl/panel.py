@@ -48,6 +48,7 @@ class Figures:
     best_step: int = 0
 
     def take(self, record: Record) -> Figures:
+        record = {name: value for name, value in record.items() if value == value}  # NaN is nothing
         seconds = dict(self.seconds)
         for phase, more in phase_seconds(record).items():
             seconds[phase] = seconds.get(phase, 0.0) + more

@@ -129,9 +129,10 @@ def simulate(world_name: str, method: str, seed: int, plan: Plan) -> Result:
         selected = controller.select()
         while selected:
             rows = np.array([row for row, _ in selected])
+            chances = predicted(controller, rows)
             solved = outcomes.binomial(n, rate_N[rows])
             is_mixed = (solved > 0) & (solved < n)
-            errors_selected.append(np.mean((np.array([chance for _, chance in selected]) - is_mixed) ** 2))
+            errors_selected.append(np.mean((chances - is_mixed) ** 2))
             mixed_of_round.append(is_mixed)
             rows_of_step.append(rows)
             controller.admit([Outcome(int(r), int(m), n, version) for r, m in zip(rows, solved, strict=True)])
@@ -157,10 +158,12 @@ def judge_predictions(controller: Any, rate_N: np.ndarray, rng: np.random.Genera
     solved = rng.binomial(num_rollouts, rate_N[rows])
     if isinstance(controller, Clairvoyant):
         controller.chance_N = chance_mixed(rate_N, num_rollouts)
-        predicted = controller.chance_N[rows]
-    else:
-        predicted = controller.selector.predict(rows)[:, 1]
-    return float(np.mean((predicted - ((solved > 0) & (solved < num_rollouts))) ** 2))
+    return float(np.mean((predicted(controller, rows) - ((solved > 0) & (solved < num_rollouts))) ** 2))
+
+
+def predicted(controller: Any, rows: np.ndarray) -> np.ndarray:
+    """The chance of a mixed group; a third where the method predicts nothing, which is judged beside the others."""
+    return controller.chance_N[rows] if isinstance(controller, Clairvoyant) else controller.selector.predict(rows)[:, 1]
 
 
 def build_controller(method: str, num_prompts: int, batch: int, seed: int, plan: Plan) -> Any:

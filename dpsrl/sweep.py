@@ -22,12 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import HydraException
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dpsrl.config import load_config, parse_override
+from dpsrl.config import Config, load_config, parse_override
+from dpsrl.data.files import first_line
 from dpsrl.exits import code_of
+from dpsrl.own import is_own
 from dpsrl.report import Run, load_run, write_page
 from dpsrl.run_folder import RunFolder
 from dpsrl.screen import duration
@@ -67,16 +70,41 @@ def plan(arguments: list[str]) -> Plan:
         elif not override.is_sweep_override():
             shared.append(argument)
         elif override.is_choice_sweep() or override.is_range_sweep():
-            key = argument.partition("=")[0]
-            swept.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+            swept.append(values_of(argument, override))
         else:
             raise UserError(f"{argument} cannot be gone through: write {name}=a,b or {name}=range(0,3)")
     if not swept:
         raise UserError("-m has nothing to go through: separate the values of a key by commas, as seed=0,1")
     runs = {folder_name(values): list(values) for values in itertools.product(*swept)}
     configs = [load_config([*shared, *values]) for values in runs.values()]
+    for config, values in zip(configs, runs.values(), strict=True):
+        check_method(config, values)
     default = f"runs/{configs[0].run.name}-sweep-{time.strftime('%Y%m%d-%H%M%S')}"
     return Plan(Path(folder or default), shared, runs)
+
+
+def values_of(argument: str, override: Any) -> list[str]:
+    """One argument per value. UserError where hydra finds none."""
+    key = argument.partition("=")[0]
+    try:
+        values = list(override.sweep_string_iterator())
+    except (HydraException, ValueError) as error:
+        raise UserError(f"{argument} cannot be gone through ({first_line(error)}): write {key}=a,b") from error
+    if not values:
+        raise UserError(f"{argument} has no value to go through: write {key}=a,b or {key}=range(0,3)")
+    return [f"{key}={value}" for value in values]
+
+
+def check_method(config: Config, values: Sequence[str]) -> None:
+    """UserError, with the run's values, for options that its method does not take; one's own is tried by its run."""
+    from dpsrl.launch import check_selection  # brings Ray
+
+    if is_own(config.selection.method):
+        return
+    try:
+        check_selection(config, num_prompts=1)
+    except UserError as error:
+        raise UserError(f"the run of {' '.join(values)}: {error}") from error
 
 
 def folder_name(values: Sequence[str]) -> str:
@@ -90,11 +118,15 @@ def check_same_sweep(asked: Plan) -> None:
     """UserError where the folder holds a sweep with other arguments; runs may be added to one."""
     path, shared = asked.folder / "sweep.json", sorted(asked.shared)
     if path.is_file():
-        before = json.loads(path.read_text())
-        if before != shared:
+        try:
+            before = " ".join(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
             raise UserError(
-                f"run.dir={asked.folder} holds a sweep of {' '.join(before)}: give the same, or another run.dir"
-            )
+                f"{path} is cut short or broken: if this is the same sweep, write {json.dumps(shared)} into it, "
+                "else give another run.dir"
+            ) from error
+        if before != " ".join(shared):
+            raise UserError(f"run.dir={asked.folder} holds a sweep of {before}: give the same, or another run.dir")
     elif asked.folder.is_dir() and any(entry.name != "lock" for entry in asked.folder.iterdir()):
         raise UserError(f"run.dir={asked.folder} is occupied, but not by a sweep: choose another folder")
 

@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--watch", action="store_true", help="serve the page on 127.0.0.1 while the runs go on")
     parser.add_argument("--port", type=int, help=f"for --watch (default {DEFAULT_PORT}; 0: any that is free)")
     options = parser.parse_args(arguments)
+    options.runs = list({run.resolve(): run for run in options.runs}.values())
     try:
         if options.watch:
             return follow(options.runs, *checked_watch(options))
@@ -60,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"--port {options.port} would have no effect: it belongs to --watch")
         runs = [load_run(run_dir) for run_dir in options.runs]
         out = options.out or (options.runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+        if options.out and out.is_dir():
+            raise UserError(f"--out {out} is a folder: give a file, as {out / 'report.html'}")
         if not out.parent.is_dir():
             raise UserError(f"--out {out}: the folder {str(out.parent)!r} does not exist: make it first")
         written = write_all(runs, out, options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,7 @@ from dpsrl.report.spending import Spending, spending
 from dpsrl.run_folder import RunFolder
 from dpsrl.types import UserError
 
+MAX_NAMED = 8  # runs in a folder of them
 LATER = {"eval_best", "eval_best_step"}  # earlier versions wrote no such keys
 
 
@@ -88,10 +90,18 @@ class Run:
 
 def load_run(run_dir: Path) -> Run:
     """UserError where there is no run folder."""
+    if run_dir.is_file():
+        raise UserError(f"{str(run_dir)!r} is a file: give its run folder, {str(run_dir.parent)!r}")
     if not run_dir.is_dir():
         raise UserError(f"run folder {str(run_dir)!r} does not exist: give one that dpsrl.train made")
     folder = RunFolder(run_dir)
-    if not folder.metrics.exists() and not folder.config.exists():
+    if not is_run(folder):
+        if inside := [path for path in sorted(run_dir.iterdir()) if is_run(RunFolder(path))]:
+            more = " ..." if len(inside) > MAX_NAMED else ""
+            raise UserError(
+                f"{str(run_dir)!r} is not a run folder, but holds {len(inside)}: give those, "
+                f"{shlex.join(map(str, inside[:MAX_NAMED]))}{more}"
+            )
         raise UserError(
             f"{str(run_dir)!r} is not a run folder: it has neither metrics.jsonl nor config.yaml; "
             "give one that dpsrl.train made"
@@ -99,7 +109,12 @@ def load_run(run_dir: Path) -> Run:
     records, num_unreadable = read_lines(folder.metrics) if folder.metrics.exists() else ([], 0)
     records = sound(records)
     history, kept = read_history(folder.groups), read_kept(folder.responses)
-    notes = []
+    notes = [
+        f"This run has no {path.name}: {what} cannot be shown."
+        for path, what in (
+            (folder.metrics, "how it went, step by step,"), (folder.groups, "what selection did and its prompts")
+        ) if not path.exists()
+    ]  # fmt: skip
     for name, num in (
         ("metrics", num_unreadable), ("groups", history.num_unreadable), ("responses", kept.num_unreadable)
     ):  # fmt: skip
@@ -113,6 +128,10 @@ def load_run(run_dir: Path) -> Run:
     events = read_events(folder.metrics) if folder.metrics.exists() else []
     text = folder.config.read_text(encoding="utf-8", errors="replace") if folder.config.exists() else ""
     return Run(run_dir.resolve().name, run_dir, records, events, summary, text, history, kept, notes)
+
+
+def is_run(folder: RunFolder) -> bool:
+    return folder.metrics.exists() or folder.config.exists()
 
 
 def sound(records: Sequence[Record]) -> list[Record]:

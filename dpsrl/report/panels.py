@@ -25,8 +25,7 @@ CAPTIONS = {
     "reward-rollouts": "The same against the rollouts generated.",
     "outcomes": "Groups rolled out at each step by how they went: only mixed ones, with right and wrong answers, carry "
     "a learning signal.",
-    "mixed": "Share of generated groups that were mixed, beside what was predicted when they were selected: the closer "
-    "the lines, the better the predictions.",
+    "mixed": "Share of generated groups that were mixed: with right and wrong answers.",
     "occupancy": "Every training prompt by how its last group went; light grey are prompts not rolled out yet.",
     "flow": "Each pair of consecutive groups of a prompt is one strand, from its state before (left) to its state "
     "after (right); a band is as thick as it has strands.",
@@ -39,6 +38,7 @@ CAPTIONS = {
     "ledger": "Every rollout that was generated, by what became of it; carried ones wait for the next step.",
     "phases": "Seconds of each step by what they were spent on; phases that run at once stand on each other too.",
 }
+MIXED_ALONE = "Share of generated groups that were mixed: with right and wrong answers."
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,7 @@ def several(runs: Mapping[str, Run]) -> list[Panel]:
     """Figures that compare runs."""
     records = {name: run.records for name, run in runs.items()}
     drawn = plots.runs_figures(records) | {"coverage": figures.coverages(records)}
-    captions = CAPTIONS | {"mixed": "Share of generated groups that were mixed: with right and wrong answers.",
-                           "coverage": "Share of all training prompts rolled out at least once."}  # fmt: skip
+    captions = CAPTIONS | {"mixed": MIXED_ALONE, "coverage": "Share of all training prompts rolled out at least once."}
     return [Panel(name, figure, captions[name]) for name, figure in drawn.items() if figure is not None]
 
 
@@ -72,7 +71,9 @@ def sections(run: Run) -> dict[str, list[Panel]]:
         "coverage": figures.coverage(run.records, run.num_prompts, run.batch),
         "visits": figures.visits(history, run.num_prompts),
     }
-    made = {name: Panel(name, figure, CAPTIONS[name]) for name, figure in own.items() if figure is not None}
+    predicts = any("selection/predicted_share" in record for record in run.records)
+    captions = CAPTIONS if predicts else CAPTIONS | {"mixed": MIXED_ALONE}
+    made = {name: Panel(name, figure, captions[name]) for name, figure in own.items() if figure is not None}
     made |= {panel.name: panel for panel in (flow(run), reliability(run), spent(run), ledger(run)) if panel}
     order = {
         "Learning": ("accuracy", "accuracy-rollouts", "reward", "reward-rollouts"),

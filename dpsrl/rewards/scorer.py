@@ -251,18 +251,23 @@ def check_function(fn: str) -> None:
 
 
 def try_function(fn: str, answer: Any, deadline_s: float) -> list[str]:
-    """Scores the first prompt's answer and a wrong one with a function of a user's own; remarks on what failed.
+    """Scores the first prompt's answer and a wrong one with a function of a user's own; a remark if one failed.
 
-    UserError where it returns what is no reward.
+    UserError where it returns what is no reward, or fails on both.
     """
     if fn in BUILT_IN:
         return []
     right = answer[0] if isinstance(answer, list) else answer
     with Scorer(fn, deadline_s=deadline_s) as scorer:
-        scorer.score([(str(right), answer), ("I do not know.", answer)])
+        scores = scorer.score([(str(right), answer), ("I do not know.", answer)])
     if INVALID in scorer.why:
         raise UserError(
             f"reward.fn={fn} was tried on the first prompt, and {scorer.why[INVALID]}; have it return one of these."
+        )
+    if scores == [None, None]:
+        raise UserError(
+            f"reward.fn={fn} was tried on the first prompt, with its answer and with a wrong one, and failed on both: "
+            f"{' and '.join(scorer.why.values())}; mend it."
         )
     return [
         f"warning: reward.fn={fn} was tried on the first prompt, and {why}; the rewards of such responses will be "

@@ -81,7 +81,7 @@ def judge(function: RewardFunction, response: str, answer: Any) -> tuple[Any, ..
     except MemoryError:
         return EXHAUSTED, "it ran out of memory"
     # The one place where any error is an outcome: a person's function failed on this item, and only on it.
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return CRASH, told(error)
     score = as_score(result)
     if score is None:

@@ -1,7 +1,7 @@
 """A selection method of a user's own: a class of arrays over all prompts, wrapped so that selectors can drive it.
 
     class MyMethod:
-        def __init__(self, num_prompts, num_rollouts):            # and options, keyword-only with defaults
+        def __init__(self, num_prompts, num_rollouts):            # and options with defaults
         def observe(self, ids, num_solved, num_rollouts):         # once a step; int arrays (B,), B may be 0
         def score(self):                                          # float (N,), the highest are picked
         def predict(self):                                        # float (N, 3): P(unsolved), P(partial), P(solved)
@@ -24,7 +24,7 @@ from dpsrl.selection.hmm import NUM_STATES
 from dpsrl.selection.selectors import Selector, array_to_generator, generator_to_array
 from dpsrl.types import UserError
 
-INIT = "def __init__(self, num_prompts, num_rollouts), and keyword-only options with defaults"
+INIT = "def __init__(self, num_prompts, num_rollouts), and options with defaults"
 OBSERVE = "def observe(self, ids, num_solved, num_rollouts)"
 
 
@@ -44,6 +44,10 @@ class OwnBelief:
         self._object = self._told("__init__", lambda: self.cls(self.num_prompts, num_rollouts, **options))
         self._kinds = {name: kind_of(value) for name, value in self.arrays().items()}
 
+    @property
+    def predicts(self) -> bool:
+        return "predict" in self.methods
+
     def grow(self, num_entries: int) -> None:
         pass
 
@@ -58,7 +62,7 @@ class OwnBelief:
 
     def predict(self) -> np.ndarray:
         """A third of each where the method predicts nothing."""
-        if "predict" not in self.methods:
+        if not self.predicts:
             return np.broadcast_to(1 / NUM_STATES, (self.num_prompts + 1, NUM_STATES))
         states_NS = self._floats("predict", (self.num_prompts, NUM_STATES))
         if states_NS.min() < 0 or np.abs(states_NS.sum(axis=1) - 1).max() > 1e-6:
@@ -76,13 +80,15 @@ class OwnBelief:
             array = np.empty(0)
         if array.shape != shape or not np.isfinite(array).all():
             what = f"an array {np.shape(value)}" if isinstance(value, np.ndarray) else type(value).__name__
+            if array.shape == shape:
+                what += f" that holds {'NaN' if np.isnan(array).any() else 'inf'}"
             raise UserError(f"{self._label(method)} returned {what}; it must be {shape} finite numbers.")
         return array
 
     def _told(self, method: str, call: Any) -> Any:
         try:
             return call()
-        except Exception as error:  # whatever a person's method does
+        except (Exception, SystemExit) as error:  # whatever a person's method does
             raise UserError(f"{self._label(method)} failed with {told(error)}; mend it.") from error
 
     def _label(self, method: str) -> str:
@@ -181,9 +187,27 @@ def own_belief(path: str) -> type[OwnBelief]:
     check_call(cls, label, 2, INIT)
     for method in methods:
         num, form = (4, OBSERVE) if method == "observe" else (1, f"def {method}(self)")
-        check_call(getattr(cls, method), f"{label}: {method}", num, form)
-    own = {"path": path, "cls": cls, "methods": methods, "__signature__": inspect.signature(cls)}
+        function = getattr(cls, method)
+        check_call(function, f"{label}: {method}", num, form)
+        for kind, is_of_it in KINDS_REFUSED.items():
+            if is_of_it(function):
+                raise UserError(f"{label}: {method} is {kind}, whose call runs none of it; write it as {form}.")
+    own = {"path": path, "cls": cls, "methods": methods, "__signature__": signature_of(cls)}
     return type("Belief", (OwnBelief,), own)
+
+
+KINDS_REFUSED = {
+    "a generator": inspect.isgeneratorfunction,
+    "a coroutine": inspect.iscoroutinefunction,
+    "an asynchronous generator": inspect.isasyncgenfunction,
+}
+
+
+def signature_of(cls: type[Any]) -> inspect.Signature:
+    """That of the class, with all that has a default after the first two as keyword-only: its options."""
+    parameters = list(inspect.signature(cls).parameters.values())
+    options = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters[2:] if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return inspect.Signature([*parameters[:2], *options, *(p for p in parameters[2:] if p.kind is p.KEYWORD_ONLY)])
 
 
 def rehearse(build: Any, num_prompts: int, num_rollouts: int) -> None:

@@ -60,6 +60,11 @@ class Selector:
         self._table_references, self._table_fresh_S = 0, np.empty(0)
 
     @property
+    def predicts(self) -> bool:
+        """Whether the method predicts anything; else `predict` says a third each."""
+        return self.belief.predicts
+
+    @property
     def num_selected_N(self) -> np.ndarray:
         """How often each prompt was selected, int64 (N,)."""
         return self._num_selected_E[self._entries.entry_N].astype(np.int64)

@@ -1,4 +1,4 @@
-"""How well a run predicted: python calibration.py RUN/groups.parquet (see README.md)."""
+"""How well a run predicted: .venv/bin/python recipes/analysis/calibration.py RUN/groups.parquet (see README.md)."""
 
 import sys
 

@@ -3,7 +3,7 @@
 
 def score(response: str, answer: dict) -> float:
     first, plus, second = response.strip().partition("+")
-    if not (plus and first.isdigit() and second.isdigit()):
+    if not (plus and first.isdecimal() and second.isdecimal()):
         return 0.0
     right = int(first) + int(second) == answer["target"]
     own_numbers = sorted([int(first), int(second)]) == sorted(answer["numbers"])

@@ -1,4 +1,4 @@
-"""GRPO with TRL on the tiny model and Countdown, without a GPU: `python recipes/trl/train.py [METHOD] [STEPS]`."""
+"""GRPO with TRL on the tiny model and Countdown, without a GPU: `train.py [METHOD] [STEPS]`."""
 
 import sys
 

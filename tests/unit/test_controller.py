@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 
@@ -104,6 +106,19 @@ def test_metrics_by_hand():
             "selection/uses_max": 1,
         }
     )
+
+
+def test_a_method_without_beliefs_shows_no_prediction():
+    ids = [f"p{i}" for i in range(10)]
+    controller = Controller(ids, 4, {"method": "uniform"}, num_rollouts=8, seed=0, num_audit=4)
+    for _ in range(6):
+        selected = controller.select()
+        assert all(math.isnan(predicted) for _, predicted in selected)
+        controller.admit(outcomes_of(selected, [0, 3, 5, 8]))
+        metrics = controller.observe()
+    assert metrics["selection/brier"] == pytest.approx((2 * 4 / 9 + 2 * 1 / 9) / 4)  # every run has it: of a third each
+    assert metrics["selection/audit_mixed_share"] == 0.5
+    assert not metrics.keys() & {"selection/audit_brier", "selection/audit_calibration"}
 
 
 def test_lost_and_unscored_groups_are_no_evidence():

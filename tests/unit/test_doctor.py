@@ -1,5 +1,6 @@
 """The doctor in environments of made-up packages: missing, broken, crashing, hanging; never a traceback."""
 
+import ast
 import json
 import os
 import pty
@@ -76,6 +77,22 @@ def test_with_nothing_installed(bare, tmp_path):
         assert ["missing", name, "not", "installed"] in lines
     assert "torch" in done.stdout.split("what to do")[1] and ".venv/bin/python" in done.stdout
     assert "the quickstart cannot run here, for want of numpy, " in done.stdout.splitlines()[-1]
+
+
+def test_an_old_python_is_told_which_one_is_needed(tmp_path):
+    """The doctor's modules are Python 3.8, as far as grammar and zip's `strict` go; before it there is a sentence."""
+    for name in ("doctor", "findings", "installed", "machine"):
+        tree = ast.parse((ROOT / f"dpsrl/{name}.py").read_text(), feature_version=(3, 8))
+        assert not [node for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == "strict"]
+    ast.parse((ROOT / "dpsrl/__init__.py").read_text(), feature_version=(3, 4))
+    code = "import sys; sys.argv, sys.version, sys.hexversion = ['-m'], '3.6.15 (default)', 0x03060F00; import dpsrl"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr == "dpsrl: Python is 3.6.15, not 3.11 to 3.14: PYTHON=/path/to/python3.12 make install\n"
+    assert done.returncode == 1
+    for minor in (8, 9, 10):
+        if subprocess.run(["sh", "-c", f"python3.{minor} -c ''"], capture_output=True).returncode == 0:
+            rows = by_name(start(f"python3.{minor}", tmp_path, "--json", "--deadline=20"))
+            assert rows["python"]["fatal"] and "needs Python 3.11 to 3.14" in rows["python"]["fix"]
 
 
 def test_packages_that_raise_crash_hang_or_exit_are_rows(bare, tmp_path):

@@ -81,6 +81,36 @@ def test_many_groups_are_written_in_parts(tmp_path, monkeypatch):
     assert file.metadata.num_row_groups == 5 and file.read()["step"].to_pylist() == list(range(30))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": "one"}, {"step": 1 << 40}, {"num_solved": 1.5}, {"num_rollouts": None}, {"admitted": "yes"},
+        {"predicted": "0.5"}, {"predicted": 10**400}, {"prompt_id": 7}, {"prompt_id": "\ud800"},
+    ],
+)  # fmt: skip
+def test_a_line_with_a_value_of_another_type_is_counted_and_left_out(change, tmp_path, capsys):
+    line = {"step": 1, "prompt_id": "a", "predicted": 0.5, "num_solved": 1, "num_rollouts": 2, "admitted": True,
+            "policy_version": 0}  # fmt: skip
+    (tmp_path / "groups.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(line | change) + "\n")
+    assert main([str(tmp_path)]) == 0
+    assert "1 groups; lines that could not be read and are left out: 1" in capsys.readouterr().out
+
+
+def test_beliefs_do_not_overwrite_groups(run, tmp_path, capsys):
+    assert main([str(run[0]), "--posterior", "--out", str(tmp_path / "posterior.parquet")]) == 2
+    assert "posterior.parquet is where --posterior writes the beliefs: give another --out" in capsys.readouterr().err
+    assert not (tmp_path / "posterior.parquet").exists()
+
+
+def test_a_method_that_predicts_nothing_has_no_posterior(run, capsys):
+    folder, _ = run
+    config = load_config(["+recipe=quickstart", "selection=uniform", "rollout.num_rollouts=4"])
+    OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
+    assert main([str(folder), "--posterior"]) == 2
+    assert "selection.method=uniform predicts nothing: leave out --posterior" in capsys.readouterr().err
+    assert (folder / "groups.parquet").exists() and not (folder / "posterior.parquet").exists()
+
+
 def test_the_example_reads_it(run):
     pytest.importorskip("pandas")
     folder, _ = run

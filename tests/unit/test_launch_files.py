@@ -129,6 +129,22 @@ def test_compose_runs_the_launcher_on_shared_memory_and_folders(profile):
     assert ("deploy" in service) == (profile == "gpu")
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/launch.md"])
+def test_folders_are_made_and_mounted_where_the_guide_starts_a_container(page):
+    """Compose refuses a folder that is not there; the math recipe reads data and the hub's cache."""
+    folders = [volume["source"].removeprefix("../") for volume in read("compose.yaml")["services"]["gpu"]["volumes"]]
+    assert folders == ["runs", "data", "hf"]
+    for block in re.findall(r"^```\n(.*?)^```", (ROOT / page).read_text(), flags=re.M | re.S):
+        for command in ("docker compose", "docker run"):
+            made, found, _ = block.partition(command)
+            assert not found or "mkdir -p runs data hf" in made
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.startswith("docker run") and "+recipe=math" in line:
+                assert all(f'-v "$PWD/{folder}:/work/{folder}"' in line for folder in folders)
+    prepared = "/opt/dpsrl/recipes/math/prepare_data.py"
+    assert prepared in (ROOT / "docs/launch.md").read_text() and (ROOT / prepared[len("/opt/dpsrl/") :]).is_file()
+
+
 def rayjob(arguments: str = "+recipe=math"):
     return read(
         "rayjob.yaml", DPSRL_ARGS=arguments, DPSRL_RUN_DIR="runs/math", DPSRL_NODES="2", DPSRL_GPUS="8",

@@ -40,6 +40,10 @@ def late():
 
 def by_length(response, answer): return len(response) == len(answer)
 def text(response, answer): return "1.0"
+def broken(response, answer): return response.no_such_thing
+def hanging(response, answer):
+    while True: pass
+def leaving(response, answer): raise SystemExit(3)
 def picky(response, answer): return float(response.split("know")[1] == answer)
 
 def loss(logprobs, old_logprobs, advantages, rows): return -advantages * logprobs
@@ -85,6 +89,20 @@ class Late(Mine):
     def observe(self, *groups): self.last = groups[0].size
 class Hiding(Mine):
     def score(self): return np.random.random(self.rate.size)
+class Yielding(Mine):
+    def observe(self, ids, num_solved, num_rollouts): yield
+class Awaiting(Mine):
+    async def score(self): return self.rate
+class Leaving(Mine):
+    def score(self): raise SystemExit(3)
+class Empty(Mine):
+    def score(self): return self.rate / np.where(self.rate > 0, np.nan, 1)
+class Endless(Mine):
+    def score(self): return self.rate + np.inf
+class Placed(Mine):
+    def __init__(self, num_prompts, num_rollouts, alpha=1.0, *others, smoothing=0.3, **more):
+        super().__init__(num_prompts, num_rollouts, smoothing=smoothing)
+        self.alpha = alpha
 
 number = 3
 """
@@ -174,6 +192,19 @@ def test_a_reward_is_tried_before_anything_is_started():
     assert "IndexError" in remark and "missing, which is not 0" in remark
 
 
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("broken", "failed on both: AttributeError: 'str' object has no attribute 'no_such_thing' (own_module"),
+        ("hanging", "failed on both: it took over 1 s; mend it"),
+        ("leaving", "failed on both: SystemExit: 3 (own_module.py, line"),
+    ],
+)
+def test_a_reward_that_scores_nothing_is_refused(name, words):
+    assert words in refusal(try_function, f"own_module:{name}", "1", 1.0)
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -224,6 +255,7 @@ def test_the_highest_scores_are_selected():
     assert set(selector.select(5, exclude=[0, 1])) > {2, 3, 4}
     assert selector.coverage == 7 / 20
     np.testing.assert_allclose(selector.predict(), 1 / 3)
+    assert not selector.predicts and build("Predicting").predicts
 
 
 def test_a_prediction_alone_will_do():
@@ -236,6 +268,8 @@ def test_a_prediction_alone_will_do():
 def test_pieces_and_options_go_with_it():
     assert build(smoothing=0.9).belief._object.smoothing == 0.9
     assert len(set(build(pick="gumbel", temperature=0.1, rest=2).select(7))) == 7
+    placed = build("Placed", alpha=2.0, smoothing=0.9).belief._object
+    assert (placed.alpha, placed.smoothing) == (2.0, 0.9) and build("Placed").belief._object.alpha == 1.0
     for options, words in (
         ({"quota": 0.1}, "'quota' has no effect"),
         ({"smoothin": 0.1}, "did you mean 'smoothing'"),
@@ -260,6 +294,11 @@ def test_pieces_and_options_go_with_it():
         ("Growing", "attribute smoothing was float64 after __init__ and is float64 (3,) now"),
         ("Late", "attribute last was not there after __init__ and is int64 now"),
         ("Hiding", "does not go on alike after a restart"),
+        ("Yielding", "observe is a generator, whose call runs none of it; write it as def observe(self, ids"),
+        ("Awaiting", "score is a coroutine, whose call runs none of it; write it as def score(self)"),
+        ("Leaving", "score failed with SystemExit: 3 (own_module.py, line"),
+        ("Empty", "score returned an array (20,) that holds NaN; it must be (20,) finite numbers"),
+        ("Endless", "score returned an array (20,) that holds inf; it must be"),
     ],
 )
 def test_refused_methods(name, words):

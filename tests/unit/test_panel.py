@@ -95,3 +95,9 @@ def test_small_curves():
 )
 def test_a_bar_by_halves(done, bar):
     assert with_bar("ab", "cd", done, 16, 12, "").plain == f"ab{bar}cd"
+
+
+def test_a_method_that_predicts_nothing_has_a_dash():
+    view = View("runs/mine", 9, 1, figures=figures(record(1, **{"selection/predicted_share": float("nan")})))
+    (line,) = [line for line in shown(view, 80) if "predicted" in line]
+    assert "nan" not in line and line.split("predicted")[1].split()[0] == "-"

@@ -109,7 +109,7 @@ def test_a_summary_that_is_not_whole_is_made_again_from_the_metrics(tmp_path, te
     run_dir = make_run(tmp_path / "run")
     (run_dir / "summary.json").write_text(text)
     run = report.load_run(run_dir)
-    assert run.summary["num_rollouts"] == 320 and len(run.notes) == 1
+    assert run.summary["num_rollouts"] == 320 and "no summary.json" in run.notes[-1]
 
 
 def test_a_run_killed_before_its_first_step(tmp_path):
@@ -118,6 +118,8 @@ def test_a_run_killed_before_its_first_step(tmp_path):
         (run_dir / "metrics.jsonl").unlink() if content is None else (run_dir / "metrics.jsonl").write_text(content)
         page = Page(report.write_report(run_dir).read_text())
         assert "stopped before its first step ended" in page.text
+        assert ("no metrics.jsonl: how it went, step by step, cannot be shown" in page.text) == (content is None)
+        assert "no groups.jsonl: what selection did and its prompts cannot be shown" in page.text
 
 
 @pytest.mark.parametrize("num_steps", [1, 10_000])
@@ -164,6 +166,20 @@ def test_the_command_line_writes_into_the_run_folder(tmp_path, capsys):
     assert report.main([str(run_dir)]) == 0
     assert (run_dir / "report.html").exists()
     assert capsys.readouterr().out.strip() == str(run_dir / "report.html")
+
+
+def test_a_run_given_twice_counts_once(tmp_path, capsys):
+    run_dir = make_run(tmp_path / "run")
+    assert report.main([str(run_dir), f"{run_dir}/../run"]) == 0
+    assert "Comparison" not in Page((run_dir / "report.html").read_text()).text
+
+
+def test_a_file_and_a_folder_of_runs_are_told_from_a_run(tmp_path, capsys):
+    runs = [make_run(tmp_path / f"seed={seed}") for seed in (0, 1)]
+    assert report.main([str(runs[0] / "metrics.jsonl")]) == 2
+    assert f"metrics.jsonl' is a file: give its run folder, {str(runs[0])!r}" in capsys.readouterr().err
+    assert report.main([str(tmp_path)]) == 2
+    assert f"is not a run folder, but holds 2: give those, {runs[0]} {runs[1]}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("case", ["missing", "empty", "file", "out"])
@@ -259,6 +275,10 @@ def test_options_without_effect_are_refused(tmp_path, capsys, arguments, words):
 
 
 def test_a_page_that_cannot_be_written_is_one_sentence(tmp_path, capsys):
-    (tmp_path / "page.html").mkdir()
-    assert report.main([str(make_run(tmp_path / "run")), "--out", str(tmp_path / "page.html")]) == 2
+    run_dir, folder = make_run(tmp_path / "run"), tmp_path / "page.html"
+    folder.mkdir()
+    assert report.main([str(run_dir), "--out", str(folder)]) == 2
+    assert f"--out {folder} is a folder: give a file, as {folder}/report.html" in capsys.readouterr().err
+    (run_dir / "report.html").mkdir()
+    assert report.main([str(run_dir)]) == 2
     assert "cannot be written" in capsys.readouterr().err

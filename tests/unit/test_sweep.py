@@ -99,6 +99,13 @@ def test_a_sweep_that_is_stopped_ends_its_run_and_starts_no_other(entry, tmp_pat
         (["+recipe=quickstart", "seed=0,1", "train.stepss=2"], "'train.stepss'"),
         (["+recipe=quickstart", "selection=dps,upniform"], "selection=upniform does not exist"),
         (["+recipe=quickstart", "seed=0,-1"], "seed=-1 is out of range"),
+        (["+recipe=quickstart", "seed=glob(*)"], "seed=glob(*) cannot be gone through (ConfigLoader is not set)"),
+        (["+recipe=quickstart", "seed=range(3,0)"], "seed=range(3,0) has no value to go through"),
+        (["+recipe=quickstart", "seed=range(0,3,0)"], "seed=range(0,3,0) cannot be gone through (range() arg 3"),
+        (
+            ["+recipe=quickstart", "selection=dps,uniform", "selection.decay=0.5"],
+            "the run of selection=uniform: selection option 'decay' has no effect with method 'uniform'",
+        ),
         (["seed 0"], "'seed 0' is not of the form key=value"),
     ],
 )
@@ -114,6 +121,9 @@ def test_folders_of_others_are_left_alone(entry, tmp_path, capsys):
     (tmp_path / "grid/thesis.tex").touch()
     assert sweep.main(GRID, entry) == 2
     assert "occupied, but not by a sweep" in capsys.readouterr().err
+    (tmp_path / "grid/sweep.json").write_text('["+recipe=quick')
+    assert sweep.main(GRID, entry) == 2
+    assert 'broken: if this is the same sweep, write ["+recipe=quickstart"] into it' in capsys.readouterr().err
 
 
 @pytest.mark.process

@@ -33,6 +33,9 @@ class Belief(Protocol):
     belief, one for each entry named. A score or pick that needs one is refused with a belief that lacks it.
     """
 
+    predicts: bool
+    """Whether `predict` knows anything; else it says a third each, which is not to be shown as a prediction."""
+
     def grow(self, num_entries: int) -> None:
         """There are `num_entries` from now on; new ones think what entry 0 thinks."""
         ...

@@ -15,6 +15,8 @@ class DiscountedBeta:
         its prompt, and idle prompts keep theirs.
     """
 
+    predicts = True
+
     def __init__(self, max_entries: int, num_rollouts: int, *, decay: float = 0.5, idle_decay: bool = False) -> None:
         self.decay = check_share("decay", decay)
         self.idle_decay = check_flag("idle_decay", idle_decay)

@@ -42,6 +42,8 @@ class DirichletHMM:
         no probability. A larger weight raises that ceiling.
     """
 
+    predicts = True
+
     def __init__(
         self,
         max_entries: int,

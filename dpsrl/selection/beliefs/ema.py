@@ -18,6 +18,8 @@ class EmaVariance:
     smoothing: weight of the latest group, in [0, 1].
     """
 
+    predicts = True
+
     def __init__(self, max_entries: int, num_rollouts: int, *, smoothing: float = 0.5) -> None:
         self.smoothing = check_share("smoothing", smoothing)
         self.num_rollouts, self.num_entries = num_rollouts, 1

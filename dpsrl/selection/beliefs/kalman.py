@@ -20,6 +20,8 @@ class ArcsineKalman:
     pi / 2 with variance 1 / (2 n). drift, noise: None: fitted to the errors of prediction; a number: held there.
     """
 
+    predicts = True
+
     def __init__(
         self, max_entries: int, num_rollouts: int, *, drift: float | None = None, walk_noise: float | None = None
     ) -> None:

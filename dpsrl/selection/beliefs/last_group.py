@@ -17,6 +17,8 @@ class LastGroup:
     followed each last state so far, over all prompts, with one of each to begin with.
     """
 
+    predicts = True
+
     def __init__(self, max_entries: int, num_rollouts: int) -> None:
         self.num_entries = 1
         self._last_state_E = np.full(max_entries, NEVER, dtype=np.int8)

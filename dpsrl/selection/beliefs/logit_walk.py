@@ -44,6 +44,8 @@ class LogitWalk:
     gain: mean shift of the logit of a prompt that was trained on, at the start; learned likewise.
     """
 
+    predicts = True
+
     def __init__(self, max_entries: int, num_rollouts: int, *, noise: float = 0.01, gain: float = 0.05) -> None:
         self.num_rollouts = num_rollouts
         self.clock, self.num_entries = 0, 1

@@ -10,6 +10,8 @@ from dpsrl.selection.hmm import NUM_STATES
 class NoBelief:
     """Learns nothing and says a third for every state, which is what no evidence amounts to."""
 
+    predicts = False
+
     def __init__(self, max_entries: int, num_rollouts: int) -> None:
         self.num_entries = 1
 
