@@ -77,6 +77,8 @@ class TrainerWorker:
         self.engine.clip_fp32_gradients = self._scale_and_clip
         if config.algo.kl_coef:
             self.reference = self._load_reference()
+        # It takes vLLM along, seconds that are free while the engines still start.
+        import dpsrl.weight_sync  # noqa: F401
 
     def _load(self) -> Policy:
         """float32 logits on GPUs, as the engines compute them there."""
