@@ -259,7 +259,7 @@ def test_arguments_out_of_range():
 def test_processes_that_cannot_start_are_one_sentence(working_directory):
     # Importable here, dead on arrival there.
     (working_directory / "stillborn.py").write_text(
-        "import os, sys\nif sys.argv[0] == '-c':\n    os._exit(7)\ndef f(response, answer): return 1.0\n"
+        f"import os\nif os.getpid() != {os.getpid()}:\n    os._exit(7)\ndef f(response, answer): return 1.0\n"
     )
     with Scorer("stillborn:f", num_workers=2) as scorer:
         with pytest.raises(UserError, match=r"its process ended \(exit code 7\), 3 times in a row"):
