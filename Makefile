@@ -39,7 +39,7 @@ test: install  ## Unit and integration tests, files spread over up to four cores
 test-all: install  ## The slow tests too: hours on two cores; ARGS="-k name" goes to pytest
 	@$(PYTHON_BIN) -m pytest -m "not gpu" $(ARGS)
 
-check: install  ## Lint, format, types and the quick unit tests: three minutes
+check: install  ## Lint, format, types and the quick unit tests: about a minute
 	@$(PYTHON_BIN) -m ruff check .
 	@$(PYTHON_BIN) -m ruff format --check .
 	@$(PYTHON_BIN) -m mypy
