@@ -25,7 +25,8 @@ CAPTIONS = {
     "reward-rollouts": "The same against the rollouts generated.",
     "outcomes": "Groups rolled out at each step by how they went: only mixed ones, with right and wrong answers, carry "
     "a learning signal.",
-    "mixed": "Share of generated groups that were mixed: with right and wrong answers.",
+    "mixed": "Share of generated groups that were mixed, beside what was predicted when they were selected: the closer "
+    "the lines, the better the predictions.",
     "occupancy": "Every training prompt by how its last group went; light grey are prompts not rolled out yet.",
     "flow": "Each pair of consecutive groups of a prompt is one strand, from its state before (left) to its state "
     "after (right); a band is as thick as it has strands.",

@@ -282,3 +282,15 @@ def test_a_page_that_cannot_be_written_is_one_sentence(tmp_path, capsys):
     (run_dir / "report.html").mkdir()
     assert report.main([str(run_dir)]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("predicts", [True, False])
+def test_predictions_are_spoken_of_where_there_are_any(tmp_path, predicts):
+    run_dir = made_run.make_run(tmp_path / "run")
+    if not predicts:
+        records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        kept = [{name: value for name, value in r.items() if name != "selection/predicted_share"} for r in records]
+        (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
+    assert report.main([str(run_dir)]) == 0
+    page = Page((run_dir / "report.html").read_text()).text
+    assert ("beside what was predicted when they were selected" in page) == predicts
