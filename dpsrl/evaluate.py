@@ -147,6 +147,10 @@ def evaluate(
     )  # fmt: skip
 
 
+def outcome_rule(config: Config) -> OutcomeRule:
+    return OutcomeRule(config.selection.unsolved_at, config.selection.solved_at, config.selection.min_spread)
+
+
 def mean_with_interval(values_N: np.ndarray) -> tuple[float, float, float]:
     """Mean of per-prompt accuracies and its 95% interval; NaN for no values.
 
@@ -212,7 +216,6 @@ def run(config: Config) -> None:
         folder.check_free()
         tokenizer = load_tokenizer(config.model.path)
         opened = Benchmarks(config, tokenizer)
-    rule = OutcomeRule(config.selection.unsolved_at, config.selection.solved_at, config.selection.min_spread)
     with ExitStack() as stack:
         benchmarks = stack.enter_context(opened)
         remarks = [
@@ -224,7 +227,7 @@ def run(config: Config) -> None:
         try:
             folder.create()
             screen = stack.enter_context(Screen.capture(folder.logs / "driver.log"))
-            log = stack.enter_context(closing(AnswerLog(folder.path, rule, screen.line)))
+            log = stack.enter_context(closing(AnswerLog(folder.path, outcome_rule(config), screen.line)))
         except OSError as error:
             raise unwritable(folder.path, error) from error
         for prompts in benchmarks.prompts.values():

@@ -23,7 +23,7 @@ from dpsrl.config import Config, selector_config
 from dpsrl.data.build import load_tokenizer, training_prompts
 from dpsrl.data.prompts import PromptSet
 from dpsrl.early import EarlyTraining
-from dpsrl.evaluate import Benchmarks
+from dpsrl.evaluate import Benchmarks, outcome_rule
 from dpsrl.groups import TRAINING, GroupStream
 from dpsrl.installed import check_installed
 from dpsrl.metrics import GroupLog, Metrics
@@ -314,7 +314,3 @@ def start_beliefs(config: Config, controller: ControllerHandle, prior: Prior) ->
         controller.anchor(*prior.rates.of_rows())
         lines.append(prior.rates.sentence())
     return lines
-
-
-def outcome_rule(config: Config) -> OutcomeRule:
-    return OutcomeRule(config.selection.unsolved_at, config.selection.solved_at, config.selection.min_spread)
