@@ -37,8 +37,8 @@ def key(default: Any, text: str, *, ge=None, gt=None, le=None, choices: tuple = 
     own: beside `choices`, a function of the user's own, my_module:function.
     """
     metadata = {"text": text, "ge": ge, "gt": gt, "le": le, "choices": choices, "own": own}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -136,8 +136,13 @@ class SelectionConfig:
     walk_noise: float | None = key(None, "kalman: noise per step, in place of the fitted one", ge=0)
     target_waste: float | None = key(None, "greso: share of groups without spread that is aimed at", ge=0, le=1)
     temperature: float | None = key(None, "pick gumbel: how far from the top it draws, in units of the score", gt=0)
+    options: dict[str, Any] = key(
+        {}, "arguments of a method of your own that are no keys here: selection.options.NAME=VALUE"
+    )
 
 
+OWN_OPTIONS = "selection.options"
+SELECTOR_ARGUMENTS = ("num_prompts", "num_rollouts", "seed")  # of `build_selector`, beside the options
 # Keys of SelectionConfig that are not `build_selector`'s.
 CONTROLLER_KEYS = (
     "admission", "max_rounds", "audit_share", "unsolved_at", "solved_at", "min_spread", "prior_rates", "warm_start",
@@ -319,11 +324,12 @@ def load_config(arguments: list[str], entry: str = "train") -> Config:
     OmegaConf.register_new_resolver("package", lambda name: str(PACKAGE_DIR / name), replace=True)
     ConfigStore.instance().store(name="schema", node=Config)
     set_keys = _check_overrides(arguments)
+    overrides = [f"++{text}" if text.startswith(OWN_OPTIONS) else text for text in arguments]  # its names are free
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            raw = compose(entry, overrides=arguments)
-            _drop_options_of_another_method(raw, arguments, set_keys, entry)
+            raw = compose(entry, overrides=overrides)
+            _drop_options_of_another_method(raw, overrides, set_keys, entry)
         if entry == "evaluate":
             _inherit_run_config(raw, set_keys)
         OmegaConf.resolve(raw)
@@ -340,19 +346,21 @@ def load_config(arguments: list[str], entry: str = "train") -> Config:
     return config
 
 
-def _drop_options_of_another_method(raw: Any, arguments: list[str], set_keys: set[str], entry: str) -> None:
+def _drop_options_of_another_method(raw: Any, overrides: list[str], set_keys: set[str], entry: str) -> None:
     """A selection method chosen on the command line comes with its own options, not with the recipe's for another."""
-    choices = [text for text in arguments if text.startswith(("selection=", "selection.method="))]
-    of_recipe = compose(entry, overrides=[text for text in arguments if text not in choices]).selection
-    if of_recipe.method == raw.selection.method:
-        return
-    own = vars(SelectionConfig())
+    choices = [text for text in overrides if text.startswith(("selection=", "selection.method="))]
+    preset: Any = {}
     for text in choices:
         if text.startswith("selection="):
-            options: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / f"{text.replace('=', '/')}.yaml"))
-            own |= options
-    for name, value in own.items():
-        if name not in ("method", *CONTROLLER_KEYS) and f"selection.{name}" not in set_keys:
+            preset |= OmegaConf.to_container(OmegaConf.load(config_dir() / f"{text.replace('=', '/')}.yaml"))
+    if "method" in preset and "selection.method" not in set_keys:
+        raw.selection.method = preset["method"]  # a recipe that names its method by the key stands above the group
+    of_recipe = compose(entry, overrides=[text for text in overrides if text not in choices]).selection
+    if of_recipe.method == raw.selection.method:
+        return
+    kept = {".".join(name.split(".")[:2]) for name in set_keys} | {f"selection.{name}" for name in CONTROLLER_KEYS}
+    for name, value in (vars(SelectionConfig()) | preset).items():
+        if name != "method" and f"selection.{name}" not in kept:
             raw.selection[name] = value
 
 
@@ -407,10 +415,10 @@ def _check_overrides(arguments: list[str]) -> set[str]:
         name = override.key_or_group
         if name in groups:
             _check_choice(name, override.value(), argument)
-        elif name not in known:
-            raise UserError(_unknown_key(name, known + sorted(groups)))
-        else:
+        elif name in known or name.startswith(f"{OWN_OPTIONS}."):
             set_keys.add(name)
+        else:
+            raise UserError(_unknown_key(name, known + sorted(groups)))
     return set_keys
 
 
@@ -427,7 +435,9 @@ def _unknown_key(name: str, known: list[str]) -> str:
         return f"{name} is no longer a key: write {REPLACED[name]}"
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
     leaves = [candidate for candidate in known if candidate.split(".")[-1] == name.split(".")[-1]]
-    return f"unknown key {name!r}: the nearest known key is {(leaves or near)[0]!r}"
+    of_selection, _, leaf = name.rpartition(".")
+    own = f"; an argument of a method of your own is {OWN_OPTIONS}.{leaf}" * (of_selection == "selection")
+    return f"unknown key {name!r}: the nearest known key is {(leaves or near)[0]!r}{own}"
 
 
 def _composition_sentence(error: Exception, arguments: list[str]) -> str:
@@ -449,7 +459,8 @@ def _composition_sentence(error: Exception, arguments: list[str]) -> str:
 def selector_config(config: Config) -> dict[str, Any]:
     """`build_selector`'s arguments: the method, and those options that are not left to it."""
     options = vars(config.selection).items()
-    return {name: value for name, value in options if value is not None and name not in CONTROLLER_KEYS}
+    given = {name: value for name, value in options if value is not None and name not in CONTROLLER_KEYS}
+    return given | given.pop("options")
 
 
 def read_run_config(path: Path) -> Config:
@@ -521,6 +532,11 @@ def _check_together(config: Config) -> None:
         raise UserError(
             f"trainer.offload={offload} needs trainer.zero_stage={needed}, and it is {stage}: set one of them"
         )
+    for name in config.selection.options:
+        if name in vars(config.selection):
+            raise UserError(f"{OWN_OPTIONS}.{name} is a key of its own: write selection.{name}=...")
+        if name in SELECTOR_ARGUMENTS:
+            raise UserError(f"{OWN_OPTIONS}.{name}: every method is given {name} anyway; choose another name")
     _check_overlap(config)
     if config.reward.overlong_tokens > config.model.max_response_tokens:
         raise UserError(
@@ -579,6 +595,7 @@ _EFFECTS: list[tuple[str, Callable[[Config], bool], str]] = [
      "data.train is not a Hugging Face dataset"),
     *((f"eval.{name}", lambda c: bool(c.eval.benchmarks), "eval.benchmarks is empty")
       for name in ("every", "num_rollouts", "temperature")),
+    (OWN_OPTIONS, lambda c: is_own(c.selection.method), "selection.method is none of your own"),
     ("selection.max_rounds", lambda c: c.selection.admission == "mixed", "selection.admission is not mixed"),
     ("algo.min_importance_weight", lambda c: c.algo.correction.endswith("mask"), "algo.correction does not mask"),
     ("algo.max_importance_weight", lambda c: c.algo.correction != "none", "algo.correction is none"),

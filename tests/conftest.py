@@ -1,18 +1,23 @@
-"""How tests are spread over the cores: a file stays in one process, and so do all files that share a real run."""
+"""How tests are spread over the cores: a file stays in one process, and files that share what starts slowly too."""
 
+import re
 from pathlib import Path
 
 from xdist.scheduler import LoadFileScheduling
 
-SHARED = ("single_run", "many_run")  # made once for a process: integration/conftest.py
+# Fixtures of integration/conftest.py that are made once for a process, and the process that has them.
+PROCESS_OF = {"single_run": "runs", "many_run": "runs", "ranks": "ranks"}
 
 
 class Spread(LoadFileScheduling):
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
         path = Path(str(self.config.rootpath), file)
-        shares = "integration" in path.parts and any(run in path.read_text() for run in SHARED)
-        return "shared runs" if shares else file
+        if "integration" not in path.parts:
+            return file
+        text = path.read_text()
+        taken = (name for name in PROCESS_OF if re.search(rf"def \w+\(.*\b{name}\b", text))
+        return next((PROCESS_OF[name] for name in taken), file)
 
 
 def pytest_xdist_make_scheduler(config, log):

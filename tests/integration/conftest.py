@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from tests.integration.ranks import Ranks
+
 HANG_GUARD_S = 600
 SECRETS = {"WANDB_API_KEY": "planted" + "w" * 33, "HF_TOKEN": "hf_planted" + "h" * 27}  # no file may have them
 SMALL = ["data.countdown.num_train=64", "data.countdown.num_test=16", "train.batch=16", "eval.num_rollouts=4"]
@@ -86,3 +88,18 @@ def descendants(process: subprocess.Popen) -> list[psutil.Process]:
 def left_of(processes: list[psutil.Process], within_s: float = 30.0) -> list[psutil.Process]:
     """Those that are alive after that time."""
     return psutil.wait_procs(processes, timeout=within_s)[1]
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    """`ranks(2)`: two ranks, started at the first call."""
+    started = {}
+
+    def start(num: int) -> Ranks:
+        if num not in started:
+            started[num] = Ranks(num, tmp_path_factory.mktemp("ranks"))
+        return started[num]
+
+    yield start
+    for pool in started.values():
+        pool.close()

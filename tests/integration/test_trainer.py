@@ -1,42 +1,19 @@
 """Real DeepSpeed ranks: one update is the same update however many ranks share it, whatever ZeRO stage they are at."""
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import dpsrl.pools
 from dpsrl.algo.packing import lay_out
 from dpsrl.cluster import Cluster
 from dpsrl.config import Config, load_config
 from dpsrl.pools import TrainerPool
-from dpsrl.trainer import TrainerWorker
 from dpsrl.types import TrainGroup, UserError
 
 LR = 100.0  # of plain gradient descent, so large that the rounding of weights hides nothing of the gradient
-
-
-def gradient_worker() -> type:
-    """A rank with gradient descent in place of AdamW: its weights tell the gradient. Local, so that Ray pickles it."""
-
-    class GradientWorker(TrainerWorker):
-        def _optimizer(self, policy):
-            return torch.optim.SGD(policy.parameters(), lr=LR)
-
-        def weights(self) -> np.ndarray | None:
-            weights = torch.cat([tensor.flatten().double() for _, tensor in self._source()])
-            return weights.numpy() if self.rank == 0 else None
-
-        def accumulate_in_parts(self, micro_batches, total_weight, trained_weight):
-            for micro in micro_batches:
-                self.accumulate([micro])
-            self.update(total_weight, trained_weight)
-            return self.finish_step()
-
-    return GradientWorker
 
 
 def configuration(*arguments) -> Config:
@@ -66,10 +43,6 @@ def law(model, prompt: np.ndarray, response: np.ndarray) -> tuple[torch.Tensor, 
     return log_p.gather(1, ids[prompt.size :, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
 
-def slow(*arguments: str) -> Any:
-    return pytest.param(list(arguments), marks=pytest.mark.slow)
-
-
 @pytest.fixture(scope="module")
 def truth() -> tuple[list[TrainGroup], np.ndarray]:
     """The groups, and the update's gradient from one rollout at a time, written out."""
@@ -90,42 +63,35 @@ def truth() -> tuple[list[TrainGroup], np.ndarray]:
     "arguments",
     [
         ["trainer.micro_batch_tokens=1"],  # every rollout alone, nothing shared
-        slow("trainer.num_workers=2"),
-        slow("trainer.num_workers=2", "trainer.zero_stage=1", "trainer.micro_batch_tokens=150"),
-        slow("trainer.num_workers=2", "trainer.zero_stage=2", "trainer.micro_batch_tokens=150"),
+        ["trainer.num_workers=2"],
+        ["trainer.num_workers=2", "trainer.zero_stage=1", "trainer.micro_batch_tokens=150"],
+        ["trainer.num_workers=2", "trainer.zero_stage=2", "trainer.micro_batch_tokens=150"],
         ["trainer.num_workers=2", "trainer.zero_stage=3", "trainer.micro_batch_tokens=150"],
         ["trainer.zero_stage=2", "trainer.offload=optimizer", "trainer.gradient_checkpointing=true"],
     ],
     ids=lambda arguments: " ".join(argument.removeprefix("trainer.") for argument in arguments),
 )
-def test_the_gradient_is_the_equations(tmp_path, monkeypatch, truth, arguments):
+def test_the_gradient_is_the_equations(ranks, truth, arguments):
     made, expected = truth
     config = configuration(f"trainer.lr={LR}", "trainer.max_grad_norm=1e9", *arguments)
-    monkeypatch.setattr(dpsrl.pools, "TrainerWorker", gradient_worker())
-    [update] = lay_out(made, config.trainer.num_workers, 1, config.trainer.micro_batch_tokens)
-    with Cluster(config, tmp_path / "logs") as cluster:
-        trainers = TrainerPool(cluster, config, "shared_memory")
-        trainers.start()
-        before = trainers._all("name its weights", "weights")[0]
-        calls = {
-            rank: rank.accumulate_in_parts.remote(update.ranks[i], update.total_weight, update.trained_weight)
-            for i, rank in enumerate(trainers.ranks)
-        }
-        metrics = cluster.get(calls, "train")[0]
-        gradient = (before - trainers._all("name its weights", "weights")[0]) / LR
+    pool = ranks(config.trainer.num_workers)
+    [update] = lay_out(made, pool.num, 1, config.trainer.micro_batch_tokens)
+    pool.start_plain(config)
+    before = pool.weights()
+    metrics = pool.stream(update)
+    gradient = (before - pool.weights()) / LR
     assert np.linalg.norm(gradient - expected) < 1e-5 * np.linalg.norm(expected)
     assert metrics["grad_norm"] == pytest.approx(np.linalg.norm(expected), rel=1e-5)
     assert metrics["correction_capped_share"] > 0 and metrics["mismatch_kl"] > 1e-3
 
 
-def one_step(tmp_path, *arguments):
+def one_step(ranks, *arguments):
     """(metrics, logprobs of a fixed sequence afterwards) of one step of two updates, with AdamW."""
     config = configuration("train.num_updates=2", "trainer.lr=1e-3", *arguments)
-    updates = lay_out(groups(8, config), config.trainer.num_workers, 2, config.trainer.micro_batch_tokens)
-    with Cluster(config, tmp_path / "logs") as cluster:
-        trainers = TrainerPool(cluster, config, "shared_memory")
-        trainers.start()
-        return trainers.finish(trainers.begin(updates)), trainers.logprobs(np.arange(20, 60, dtype=np.int32))
+    pool = ranks(config.trainer.num_workers)
+    pool.start(config)
+    metrics = pool.train(lay_out(groups(8, config), pool.num, 2, config.trainer.micro_batch_tokens))
+    return metrics, pool.logprobs(np.arange(20, 60, dtype=np.int32))
 
 
 def test_the_pool_saves_and_loads_and_hears_what_goes_wrong(tmp_path):
@@ -152,15 +118,15 @@ def test_the_pool_saves_and_loads_and_hears_what_goes_wrong(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory):
+def reference(ranks):
     """One rank, no ZeRO, everything in one micro-batch."""
-    return one_step(tmp_path_factory.mktemp("reference"))
+    return one_step(ranks)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_two_updates_with_clipping_and_a_reference_are_the_same_on_two_ranks(tmp_path, reference, stage):
+def test_two_updates_with_clipping_and_a_reference_are_the_same_on_two_ranks(ranks, reference, stage):
     metrics, logprobs = one_step(
-        tmp_path, "trainer.num_workers=2", f"trainer.zero_stage={stage}", "trainer.micro_batch_tokens=100",
+        ranks, "trainer.num_workers=2", f"trainer.zero_stage={stage}", "trainer.micro_batch_tokens=100",
         "algo.kl_coef=1e-9",
     )  # fmt: skip
     expected, expected_logprobs = reference
@@ -172,9 +138,9 @@ def test_two_updates_with_clipping_and_a_reference_are_the_same_on_two_ranks(tmp
     assert metrics["reference_kl"] > 1e-6  # and the reference too
 
 
-@pytest.mark.parametrize("arguments", [["trainer.num_workers=2", "trainer.zero_stage=2"], slow("trainer.zero_stage=0")])
-def test_bfloat16_trains_to_nearly_the_same(tmp_path, reference, arguments):
-    metrics, _ = one_step(tmp_path, "model.dtype=bfloat16", *arguments)
+@pytest.mark.parametrize("arguments", [["trainer.num_workers=2", "trainer.zero_stage=2"], ["trainer.zero_stage=0"]])
+def test_bfloat16_trains_to_nearly_the_same(ranks, reference, arguments):
+    metrics, _ = one_step(ranks, "model.dtype=bfloat16", *arguments)
     assert metrics["loss"] == pytest.approx(reference[0]["loss"], abs=0.05)
     # Rounding moves the importance weights of unlikely tokens; a wrong scale would be a factor of hundreds.
     assert metrics["grad_norm"] == pytest.approx(reference[0]["grad_norm"], rel=0.4)

@@ -1,12 +1,14 @@
 """Parts of a user's own: found from the working directory, and refused in one sentence that says what is expected."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
 from dpsrl.algo.losses import Rows, load_loss, policy_loss
 from dpsrl.checkpoint import read_state, write_state
-from dpsrl.config import load_config
+from dpsrl.config import config_dir, load_config, selector_config
 from dpsrl.controller import Controller, Outcome
 from dpsrl.data.datasets import Row, load_rows
 from dpsrl.own import check_call, is_own, load_own
@@ -241,6 +243,42 @@ def test_keys_without_effect_beside_own_parts():
 
 
 # --- selection ----------------------------------------------------------------------------------------
+
+
+def test_options_of_any_name_reach_the_method():
+    own = ["+recipe=quickstart", "selection.method=own_module:Placed"]
+    config = load_config([*own, "selection.options.alpha=0.5", "selection.smoothing=0.2"])
+    selector = build_selector(**selector_config(config), num_prompts=3, num_rollouts=4, seed=0)
+    assert (selector.belief._object.alpha, selector.belief._object.smoothing) == (0.5, 0.2)
+    assert load_config([*own, "selection.options={alpha:2,beta:[1]}"]).selection.options == {"alpha": 2, "beta": [1]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["selection.options.alpha=1"], "no effect: selection.method is none of your own"),
+        (["selection.method=own_module:Mine", "selection.alpha=1"], "of your own is selection.options.alpha"),
+        (["selection.method=own_module:Mine", "selection.options.decay=1"], "write selection.decay="),
+        (["selection.method=own_module:Mine", "selection.options.seed=1"], "is given seed anyway"),
+        (["selection.method=own_module:Mine", "selection.options=1"], "selection.options=1"),
+    ],
+)
+def test_options_that_no_method_gets_are_refused(arguments, words):
+    assert words in refusal(load_config, ["+recipe=quickstart", *arguments])
+
+
+def test_a_method_from_the_command_line_leaves_the_options_of_the_recipes(tmp_path, monkeypatch):
+    """A recipe whose method is the user's own."""
+    shutil.copytree(config_dir(), tmp_path / "configs")
+    recipe = (tmp_path / "configs/recipe/quickstart.yaml").read_text()
+    mine = "selection:\n  method: own_module:Placed\n  options: {alpha: 2}\n"
+    (tmp_path / "configs/recipe/mine.yaml").write_text(recipe.replace("selection:\n  decay: 0.5\n", mine))
+    monkeypatch.setattr("dpsrl.config.config_dir", lambda: tmp_path / "configs")
+    assert load_config(["+recipe=mine"]).selection.options == {"alpha": 2}
+    assert load_config(["+recipe=mine", "selection.options.alpha=3"]).selection.options == {"alpha": 3}
+    assert load_config(["+recipe=mine", "selection=dps"]).selection.options == {}
+    other = ["+recipe=mine", "selection.method=own_module:Mine", "selection.options.beta=1"]
+    assert load_config(other).selection.options == {"beta": 1}
 
 
 def build(name="Mine", num_prompts=20, **options):
