@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
@@ -79,7 +78,6 @@ class Cluster:
         with ExitStack() as started:
             self.guard = started.enter_context(Guard())
             self.stops = stops or started.enter_context(StopRequests(patience=0))
-            self.private_folder = started.enter_context(TemporaryDirectory(prefix="dpsrl-"))
             with _whole_start(), _deaf_to_sigterm():
                 _start_ray(self.guard, address=config.cluster.address or "local", **local)
                 self.stops.listen()

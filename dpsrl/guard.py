@@ -1,4 +1,4 @@
-"""Nothing of a run outlives it: a small process that ends all the others once the driver is gone, however that ended.
+"""Nothing of a run outlives it: a small process that ends all others once the driver is gone, however that ended.
 
 Ray ends its own processes when a driver is killed, but not all of them, and none that is stopped. The guard follows
 what the driver names and all that this starts, by parent: names and environments of processes are rewritten by Ray.
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -22,15 +24,19 @@ ENDS_WITHIN_S = 15.0
 
 
 class Guard:
-    """The driver's end; a context manager. Leaving it ends everything that is followed. Linux; elsewhere it is idle."""
+    """The driver's end; a context manager. Leaving it ends everything that is followed. Linux; elsewhere it is idle.
+
+    folder: a private one for files that are to be gone with the run.
+    """
 
     def __init__(self) -> None:
+        self.folder = tempfile.mkdtemp(prefix="dpsrl-")
         self._pids: set[int] = set()
         self._begin()
 
     def _begin(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", __file__],
+            [sys.executable, "-I", "-S", __file__, self.folder],
             stdin=subprocess.PIPE,  # closes when this process dies
             start_new_session=True,  # out of reach of Ctrl-C
         )
@@ -69,6 +75,7 @@ class Guard:
             followed = Followed()
             followed.add(self._pids)
             followed.end()
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def parents() -> dict[int, tuple[int, str]]:
@@ -138,6 +145,7 @@ def main() -> None:
     while followed.look() and time.monotonic() < end:
         time.sleep(0.1)
     followed.end()
+    shutil.rmtree(sys.argv[1], ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,12 @@ that import Ray.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import numpy as np
@@ -104,6 +106,9 @@ class RolloutPool:
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": threads,
         }
+        if self.cluster.local:  # vLLM leaves a file behind at each start; what torch compiles there is to stay
+            compiled = os.environ.get("TORCHINDUCTOR_CACHE_DIR", f"{gettempdir()}/torchinductor_{os.getuid()}")
+            env |= {"TMPDIR": self.cluster.guard.folder, "TORCHINDUCTOR_CACHE_DIR": compiled}
         options = self.cluster.engine_options(index)
         return self.cluster.start(RolloutWorker, f"engine-{index}", self.config, self.backend, env=env, options=options)
 
@@ -324,7 +329,7 @@ class TrainerPool:
     def _meeting(self) -> str:
         """For torch: a file that only this user can open, since its TCP store listens to everyone; or rank 0's port."""
         if self.cluster.local:
-            return f"file://{self.cluster.private_folder}/trainers"
+            return f"file://{self.cluster.guard.folder}/trainers"
         first, start_s = self.ranks[0], self.config.run.start_s
         (host,) = self.cluster.get({first: first.node_address.remote()}, "start", start_s)
         (port,) = self.cluster.get({first: first.free_port.remote()}, "start", start_s)

@@ -38,7 +38,6 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from dpsrl.engine_weights import checksums, layer_names, load_layers
 from dpsrl.types import WeightMeta
@@ -260,7 +259,7 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemory
     def start_weight_update(self) -> None:
         self.waiting: dict[str, torch.Tensor] = {}
         if not self.in_place:
-            initialize_layerwise_reload(self.model)
+            _reload().initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
         dtype = getattr(torch, update_info.dtype_name)
@@ -276,12 +275,19 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemory
 
     def finish_weight_update(self) -> None:
         if not self.in_place:
-            finalize_layerwise_reload(self.model, self.model_config)
+            _reload().finalize_layerwise_reload(self.model, self.model_config)
         if self.tied:
             _repack_tied_head(self.model)
 
     def shutdown(self) -> None:
         pass
+
+
+def _reload() -> Any:
+    """vLLM's module for it, which takes all models along: engines have them loaded, the trainer has no use for them."""
+    from vllm.model_executor.model_loader import reload
+
+    return reload
 
 
 def _repack_tied_head(model: torch.nn.Module) -> None:

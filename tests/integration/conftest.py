@@ -64,6 +64,15 @@ def single_run(tmp_path_factory) -> FinishedRun:
 
 
 @pytest.fixture(scope="session")
+def evaluation(many_run, tmp_path_factory) -> FinishedRun:
+    """The run's checkpoint on its benchmark, and on its own 64 training prompts."""
+    folder = tmp_path_factory.mktemp("evaluation") / "eval"
+    model = many_run.folder / "checkpoints/step_3/model"
+    done = run_module("dpsrl.evaluate", f"model.path={model}", "eval.benchmarks=[countdown,train]", f"run.dir={folder}")
+    return FinishedRun(folder, done.stdout + done.stderr, done.returncode)
+
+
+@pytest.fixture(scope="session")
 def start():
     """For runs of a test's own: to the end, or in the background."""
 

@@ -1,28 +1,20 @@
 """A checkpoint evaluated on its own equals what the run said of it; transformers loads it as it is."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-def test_a_checkpoint_evaluates_to_what_the_run_measured(many_run, tmp_path):
-    model = many_run.folder / "checkpoints/step_3/model"
-    command = [sys.executable, "-m", "dpsrl.evaluate", f"model.path={model}", "eval.benchmarks=[countdown]",
-               "cluster=cpu", f"run.dir={tmp_path / 'eval'}"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (result,) = json.loads((tmp_path / "eval/summary.json").read_text())
+def test_a_checkpoint_evaluates_to_what_the_run_measured(many_run, evaluation):
+    assert evaluation.returncode == 0, evaluation.output
+    result, _ = evaluation.json("summary.json")
     # The same seeds, prompts and weights: the same samples, to the last one.
     assert result["avg"] == many_run.json("summary.json")["eval_last"]["countdown"]
     assert result["low"] <= result["avg"] <= result["high"]
-    responses = [json.loads(line) for line in (tmp_path / "eval/responses.jsonl").read_text().splitlines()]
+    responses = [row for row in evaluation.lines("responses.jsonl") if row["benchmark"] == "countdown"]
     assert len(responses) == 16 * 4
     assert sum(row["correct"] for row in responses) / len(responses) == pytest.approx(result["avg"])
-    assert "avg@4" in done.stdout and str(result["num_prompts"]) in done.stdout
+    assert "avg@4" in evaluation.output and str(result["num_prompts"]) in evaluation.output
 
 
 def test_a_checkpoint_is_a_hugging_face_folder(many_run):

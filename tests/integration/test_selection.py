@@ -1,45 +1,27 @@
 """Selection in a real run: dynamic sampling, what is known beforehand, and where every group went."""
 
-import json
-
 import pytest
 
 
 @pytest.fixture(scope="module")
-def anchor_pass(start, many_run, tmp_path_factory):
-    """The run's checkpoint on its own 64 training prompts."""
-    folder = tmp_path_factory.mktemp("anchor") / "eval"
-    checkpoint = many_run.folder / "checkpoints/step_3/model"
-    done = start.run_module(
-        "dpsrl.evaluate",
-        f"model.path={checkpoint}",
-        "eval.benchmarks=[train]",
-        "eval.temperature=1.0",
-        f"run.dir={folder}",
-    )
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
-@pytest.fixture(scope="module")
-def informed_run(start, anchor_pass, tmp_path_factory):
+def informed_run(start, evaluation, tmp_path_factory):
     return start.train(
         tmp_path_factory.mktemp("informed") / "run", "train.steps=4", "selection=forecast",
         "selection.admission=mixed", "selection.audit_share=0.2",
-        f"selection.prior_rates={anchor_pass}/pass_rates.jsonl",
+        f"selection.prior_rates={evaluation.folder}/pass_rates.jsonl",
     )  # fmt: skip
 
 
-def test_an_anchor_pass_counts_every_training_prompt(anchor_pass):
-    lines = [json.loads(line) for line in (anchor_pass / "pass_rates.jsonl").read_text().splitlines()]
+def test_an_anchor_pass_counts_every_training_prompt(evaluation):
+    lines = [line for line in evaluation.lines("pass_rates.jsonl") if line["benchmark"] == "train"]
     assert len(lines) == len({line["prompt_id"] for line in lines}) == 64
     assert all(0 <= line["num_solved"] <= line["num_rollouts"] == 4 for line in lines)
 
 
-def test_a_run_that_knows_pass_rates_predicts_from_the_first_step(informed_run, anchor_pass):
+def test_a_run_that_knows_pass_rates_predicts_from_the_first_step(informed_run, evaluation):
     assert informed_run.returncode == 0, informed_run.output
     assert "pass rates of 64 of 64 prompts are known" in informed_run.output
-    rates = {r["prompt_id"]: r for r in map(json.loads, (anchor_pass / "pass_rates.jsonl").read_text().splitlines())}
+    rates = {line["prompt_id"]: line for line in evaluation.lines("pass_rates.jsonl")}
     first = [group for group in informed_run.lines("groups.jsonl") if group["step"] == 1]
     mixed = [g["predicted"] for g in first if 0 < rates[g["prompt_id"]]["num_solved"] < 4]
     others = [g["predicted"] for g in first if not 0 < rates[g["prompt_id"]]["num_solved"] < 4]

@@ -65,51 +65,26 @@ class ScriptedTrainer(TrainerWorker):
 
 
 @contextmanager
-def both_ends(tmp_path, monkeypatch, *arguments):
-    monkeypatch.setattr("dpsrl.pools.TrainerWorker", ScriptedTrainer)
+def both_ends(folder, *arguments):
     config = load_config(
         ["+recipe=quickstart", "rollout.num_workers=2", f"weight_sync.canary_tolerance={TOLERANCE}", *arguments]
     )
     backend = transfer_backend(config)
     tokenizer = load_tokenizer(config.model.path)
     canary = np.array(tokenizer("3 5 7=15:3+5+7 and then some more text, 1 2 3 4 5 6")["input_ids"], dtype=np.int32)
-    with Cluster(config, tmp_path / "logs") as cluster:
+    with pytest.MonkeyPatch.context() as patch, Cluster(config, folder / "logs") as cluster:
+        patch.setattr("dpsrl.pools.TrainerWorker", ScriptedTrainer)
         rollouts, trainers = RolloutPool(cluster, config, backend), TrainerPool(cluster, config, backend)
         trainers.start()
         rollouts.policy_versions()
-        yield trainers, rollouts, Weights(trainers, rollouts, config, canary)
+        weights = Weights(trainers, rollouts, config, canary)
+        weights.verify_start()
+        yield trainers, rollouts, weights
 
 
 def first_rank(trainers, method, *args):
     rank = trainers.ranks[0]
     return trainers.cluster.get({rank: getattr(rank, method).remote(*args)}, method)[0]
-
-
-def test_new_weights_arrive_and_a_torn_update_replaces_the_engines(tmp_path, monkeypatch):
-    with both_ends(tmp_path, monkeypatch) as (trainers, rollouts, weights):
-        weights.verify_start()
-        before = rollouts.logprobs(weights.canary, [0, 1])
-        first_rank(trainers, "perturb", 0, 0.3)
-        assert weights.send(1)["sync/canary_diff"] < 1e-4  # float32 on both ends
-        after = rollouts.logprobs(weights.canary, [0, 1])
-        assert np.abs(after[0][1] - before[0][1]).mean() > 0.1  # the canary does see a change of weights
-        assert rollouts.policy_versions() == [1, 1]
-
-        # One bad engine: stale weights, found by the canary alone.
-        first_rank(trainers, "perturb", 1, 0.3)
-        weights.policy_version = 1
-        _, faults = weights.check({})
-        assert set(faults) == {0, 1} and "canary" in faults[0]
-
-        # A tensor is missing: vLLM would serve uninitialized memory; here both engines are replaced.
-        engines = list(rollouts.engines)
-        first_rank(trainers, "lose_a_tensor", 1)
-        assert weights.send(2)["sync/canary_diff"] < 1e-4
-        assert weights.num_replaced == 2 and not set(engines) & set(rollouts.engines)
-        assert rollouts.policy_versions() == [2, 2]
-        request = RolloutRequest(0, weights.canary[:10], 2, 1.0, 7)
-        ((_, samples),) = all_of(rollouts, [request])
-        assert len(samples) == 2 and all(sample.versions == [(2, sample.token_ids.size)] for sample in samples)
 
 
 def all_of(rollouts, requests):
@@ -121,13 +96,12 @@ def all_of(rollouts, requests):
 
 
 @pytest.mark.slow
-def test_two_ranks_and_two_engines_hold_equal_bits_after_twenty_syncs(tmp_path, monkeypatch):
+def test_two_ranks_and_two_engines_hold_equal_bits_after_twenty_syncs(tmp_path):
     """And a change of one weight, too small for the canary, is found."""
     arguments = [
         "trainer.num_workers=2", "trainer.zero_stage=3", "weight_sync.checksum=true", "weight_sync.bucket_mib=1"
     ]  # fmt: skip
-    with both_ends(tmp_path, monkeypatch, *arguments) as (trainers, rollouts, weights):
-        weights.verify_start()
+    with both_ends(tmp_path, *arguments) as (trainers, rollouts, weights):
         seen = {str(sorted(trainers.checksums().items()))}
         for version in range(1, 21):
             trainers._all("change", "perturb_shards", version)
@@ -139,36 +113,6 @@ def test_two_ranks_and_two_engines_hold_equal_bits_after_twenty_syncs(tmp_path, 
         worst, faults = weights.check({})
         assert worst < TOLERANCE and set(faults) == {0, 1}
         assert "holds other weights than the trainer" in faults[0]
-
-
-def test_requests_under_way_go_on_with_the_new_weights(tmp_path, monkeypatch):
-    """Each token knows the weights that sampled it, and its logprob is theirs."""
-    arguments = ["rollout.num_workers=1", "rollout.max_num_seqs=64"]  # too few for all requests at once
-    with both_ends(tmp_path, monkeypatch, *arguments) as (trainers, rollouts, weights):
-        weights.verify_start()
-        prompt = weights.canary[:12]
-        rollouts.add([RolloutRequest(i, prompt, 64, 1.5, i) for i in range(4)])
-        done = []
-        while not done:  # the first group is back, others are on their way
-            done += rollouts.finished()
-        before = first_rank(trainers, "logprobs_of", [s.token_ids for _, samples in done for s in samples], prompt)
-        first_rank(trainers, "perturb", 0, 0.05)
-        weights.send(1)
-        while rollouts.outstanding:
-            done += rollouts.finished()
-        samples = [sample for _, of_request in done for sample in of_request]
-        for sample in samples:
-            assert sum(count for _, count in sample.versions) == sample.token_ids.size == sample.logprobs.size
-        for sample, logprobs in zip(samples, before):
-            assert sample.versions[0][0] == 0
-            np.testing.assert_allclose(sample.logprobs, logprobs, atol=1e-3)
-        both = [sample for sample in samples if len(sample.versions) == 2]
-        assert both, "no response was under way during the sync"
-        after = first_rank(trainers, "logprobs_of", [sample.token_ids for sample in both], prompt)
-        for sample, logprobs in zip(both, after, strict=True):
-            (_, num_old), (version, _) = sample.versions
-            assert version == 1
-            np.testing.assert_allclose(sample.logprobs[num_old:], logprobs[num_old:], atol=1e-3)
 
 
 @pytest.fixture
@@ -187,14 +131,79 @@ def tied_model(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
-def test_a_tied_head_follows_its_embedding(tmp_path, monkeypatch, tied_model, dtype):
+def test_a_tied_head_follows_its_embedding(tmp_path, tied_model, dtype):
     arguments = [
         f"model.path={tied_model}",
         f"model.dtype={dtype}",
         "trainer.num_workers=1",
         "rollout.num_workers=1",
     ]
-    with both_ends(tmp_path, monkeypatch, *arguments) as (trainers, _, weights):
-        weights.verify_start()
+    with both_ends(tmp_path, *arguments) as (trainers, _, weights):
         first_rank(trainers, "perturb", 0, 0.3)
         assert weights.send(1)["sync/canary_diff"] < TOLERANCE and weights.num_replaced == 0
+
+
+# --- one pair of ends for all that follows: no other can be open beside it ---------------------------------
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory):
+    """A trainer and two engines, each too small for two requests of 64 at once."""
+    with both_ends(tmp_path_factory.mktemp("ends"), "rollout.max_num_seqs=64") as made:
+        yield made
+
+
+def test_requests_under_way_go_on_with_the_new_weights(ends):
+    """Each token knows the weights that sampled it, and its logprob is theirs."""
+    trainers, rollouts, weights = ends
+    old = weights.policy_version
+    prompt = weights.canary[:12]
+    rollouts.add([RolloutRequest(i, prompt, 64, 1.5, i) for i in range(4)])
+    done = []
+    while not done:  # the first group is back, others are on their way
+        done += rollouts.finished()
+    before = first_rank(trainers, "logprobs_of", [s.token_ids for _, samples in done for s in samples], prompt)
+    first_rank(trainers, "perturb", 0, 0.05)
+    weights.send(old + 1)
+    while rollouts.outstanding:
+        done += rollouts.finished()
+    samples = [sample for _, of_request in done for sample in of_request]
+    for sample in samples:
+        assert sum(count for _, count in sample.versions) == sample.token_ids.size == sample.logprobs.size
+    for sample, logprobs in zip(samples, before):
+        assert sample.versions[0][0] == old
+        np.testing.assert_allclose(sample.logprobs, logprobs, atol=1e-3)
+    both = [sample for sample in samples if len(sample.versions) == 2]
+    assert both, "no response was under way during the sync"
+    after = first_rank(trainers, "logprobs_of", [sample.token_ids for sample in both], prompt)
+    for sample, logprobs in zip(both, after, strict=True):
+        (_, num_old), (version, _) = sample.versions
+        assert version == old + 1
+        np.testing.assert_allclose(sample.logprobs[num_old:], logprobs[num_old:], atol=1e-3)
+
+
+def test_new_weights_arrive_and_a_torn_update_replaces_the_engines(ends):
+    trainers, rollouts, weights = ends
+    version = weights.policy_version
+    before = rollouts.logprobs(weights.canary, [0, 1])
+    first_rank(trainers, "perturb", 0, 0.3)
+    assert weights.send(version + 1)["sync/canary_diff"] < 1e-4  # float32 on both ends
+    after = rollouts.logprobs(weights.canary, [0, 1])
+    assert np.abs(after[0][1] - before[0][1]).mean() > 0.1  # the canary does see a change of weights
+    assert rollouts.policy_versions() == [version + 1] * 2
+
+    # One bad engine: stale weights, found by the canary alone.
+    first_rank(trainers, "perturb", 1, 0.3)
+    weights.policy_version = version + 1
+    _, faults = weights.check({})
+    assert set(faults) == {0, 1} and "canary" in faults[0]
+
+    # A tensor is missing: vLLM would serve uninitialized memory; here both engines are replaced.
+    engines = list(rollouts.engines)
+    first_rank(trainers, "lose_a_tensor", 1)
+    assert weights.send(version + 2)["sync/canary_diff"] < 1e-4
+    assert weights.num_replaced == 2 and not set(engines) & set(rollouts.engines)
+    assert rollouts.policy_versions() == [version + 2] * 2
+    request = RolloutRequest(0, weights.canary[:10], 2, 1.0, 7)
+    ((_, samples),) = all_of(rollouts, [request])
+    assert len(samples) == 2 and all(sample.versions == [(version + 2, sample.token_ids.size)] for sample in samples)

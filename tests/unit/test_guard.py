@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -25,7 +26,7 @@ with Guard() as guard:
     third = int(other.stdout.readline())
     time.sleep(2.5)
     {before}
-    print(other.pid, third, flush=True)
+    print(other.pid, third, guard.folder, flush=True)
     {then}
 """
 
@@ -33,29 +34,31 @@ with Guard() as guard:
 def start(before="pass", then="time.sleep(600)"):
     code = STARTS_OTHERS.format(before=before, then=then)
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    return process, [int(pid) for pid in process.stdout.readline().split()]
+    *pids, folder = process.stdout.readline().split()
+    assert Path(folder).is_dir()
+    return process, list(map(int, pids)), Path(folder)
 
 
-def gone(pids):
+def gone(pids, folder):
     end = time.monotonic() + 30
-    while set(pids) & parents().keys() and time.monotonic() < end:
+    while (set(pids) & parents().keys() or folder.exists()) and time.monotonic() < end:
         time.sleep(0.1)
-    return not set(pids) & parents().keys()
+    return not set(pids) & parents().keys() and not folder.exists()
 
 
 @pytest.mark.parametrize(
     "before", ["pass", "os.kill(third, 19)", "other.kill(); other.wait()"], ids=["running", "stopped", "orphaned"]
 )
 def test_a_killed_process_takes_all_that_was_started_with_it(before):
-    process, pids = start(before)
+    process, *started = start(before)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert gone(pids)
+    assert gone(*started)
 
 
 def test_so_does_one_that_ends_well():
-    process, pids = start(then="pass")
-    assert process.wait(timeout=60) == 0 and gone(pids)
+    process, *started = start(then="pass")
+    assert process.wait(timeout=60) == 0 and gone(*started)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
@@ -69,6 +72,7 @@ def test_a_guard_that_is_itself_killed_or_stopped_is_made_up_for(monkeypatch, nu
         time.sleep(0.2)
         guard.follow([second.pid])
     assert first.wait(timeout=30) == second.wait(timeout=30) == -signal.SIGKILL
+    assert not Path(guard.folder).exists()
 
 
 def test_others_are_left_alone():
