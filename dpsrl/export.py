@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -24,6 +23,7 @@ from dpsrl.config import read_run_config, selector_config
 from dpsrl.controller import part_of
 from dpsrl.data.files import first_line
 from dpsrl.data.prompts import id_text
+from dpsrl.files import written_beside
 from dpsrl.run_folder import RunFolder
 from dpsrl.selection import build_selector
 from dpsrl.types import UserError
@@ -112,18 +112,18 @@ def export_posterior(run: Path, out: Path) -> tuple[int, Path]:
 
 
 def write_parquet(out: Path, schema: pyarrow.Schema, tables: Iterator[pyarrow.Table]) -> int:
-    """The number of rows. The file is written beside and renamed, so that no half of one has its name."""
-    partial, num_rows = out.with_name(out.name + ".new"), 0
+    """The number of rows."""
+    num_rows = 0
     try:
-        with pyarrow.parquet.ParquetWriter(partial, schema, compression="zstd") as writer:
+        with (
+            written_beside(out) as partial,
+            pyarrow.parquet.ParquetWriter(partial, schema, compression="zstd") as writer,
+        ):
             for table in tables:
                 writer.write_table(table)
                 num_rows += len(table)
-        os.replace(partial, out)
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{out} cannot be written ({first_line(error)}): give another --out") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return num_rows
 
 

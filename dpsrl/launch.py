@@ -6,7 +6,6 @@ step does with them is in `train.py`.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -24,6 +23,7 @@ from dpsrl.data.build import load_tokenizer, training_prompts
 from dpsrl.data.prompts import PromptSet
 from dpsrl.early import EarlyTraining
 from dpsrl.evaluate import Benchmarks, outcome_rule
+from dpsrl.files import written_beside
 from dpsrl.groups import TRAINING, GroupStream
 from dpsrl.installed import check_installed
 from dpsrl.metrics import GroupLog, Metrics
@@ -116,10 +116,10 @@ class Checked:
 def preflight(config: Config) -> Checked:
     """Everything that can be checked before a process starts; UserError on the first fault."""
     with readable():
-        return check(config, time.monotonic())
+        return _checked(config, time.monotonic())
 
 
-def check(config: Config, started: float) -> Checked:
+def _checked(config: Config, started: float) -> Checked:
     check_installed()
     if not config.cluster.address:
         check_here(resource_plan(config))
@@ -228,9 +228,8 @@ def open_run(config: Config, checked: Checked, stack: ExitStack) -> Screen:
         )
     try:
         folder.create(resume=config.resume != "no")
-        partial = folder.config.with_name("config.yaml.new")
-        OmegaConf.save(OmegaConf.structured(config), partial)
-        os.replace(partial, folder.config)  # what was there is whole until then
+        with written_beside(folder.config) as partial:
+            OmegaConf.save(OmegaConf.structured(config), partial)
         screen = stack.enter_context(Screen.capture(folder.logs / "driver.log"))
     except OSError as error:
         raise unwritable(folder.path, error) from error

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from dpsrl.files import written_beside
 from dpsrl.types import Group
 
 # --- the key table ------------------------------------------------------------------------------------
@@ -238,12 +239,10 @@ class Lines:
     def __init__(self, path: Path, last_step: int, say: Callable[[str], None]) -> None:
         self.path, self._say = path, say
         self._num_lost = 0
-        partial = path.with_name(path.name + ".new")
-        with partial.open("w", encoding="utf-8") as kept:
+        with written_beside(path) as partial, partial.open("w", encoding="utf-8") as kept:
             for record in each_line(path) if path.exists() else ():
                 if record is not None and (0 <= record["step"] <= last_step or "event" in record):
                     kept.write(json.dumps(record) + "\n")
-        os.replace(partial, path)
         self._file = path.open("ab", buffering=0)  # a killed run keeps every line it wrote
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -354,7 +353,5 @@ def mixed_share(records: Sequence[Record]) -> float | None:
 
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
-    """Written beside and renamed: a summary.json that exists is whole."""
-    partial = path.with_name(path.name + ".new")
-    partial.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with written_beside(path) as partial:
+        partial.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")

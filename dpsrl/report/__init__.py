@@ -7,13 +7,13 @@ Reads the files of run folders; knows nothing of training.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dpsrl import plots
+from dpsrl.files import written_beside
 from dpsrl.report.load import Run, load_run
 from dpsrl.report.page import metrics_table, render, unique_names
 from dpsrl.report.panels import every_figure
@@ -24,14 +24,13 @@ __all__ = ["Run", "load_run", "main", "metrics_table", "render", "write_figures"
 
 
 def write_report(run_dir: Path) -> Path:
-    """report.html of one run folder, written beside and renamed. Returns its path."""
+    """report.html of one run folder. Returns its path."""
     return write_page([load_run(run_dir)], run_dir / "report.html")
 
 
 def write_page(runs: Sequence[Run], path: Path) -> Path:
-    partial = path.with_name(path.name + ".new")
-    partial.write_text(render(runs), encoding="utf-8")
-    os.replace(partial, path)
+    with written_beside(path) as partial:
+        partial.write_text(render(runs), encoding="utf-8")
     return path
 
 
