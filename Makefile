@@ -34,16 +34,16 @@ docs: install  ## The guide as a web site, in build/site
 	@NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(PYTHON_BIN) -m mkdocs build --quiet
 
 test: install  ## Unit and integration tests, files spread over up to four cores; ARGS="-k name" goes to pytest
-	@$(PYTHON_BIN) -m pytest -n auto --maxprocesses 4 -m "not gpu and not slow" $(ARGS)
+	@$(PYTHON_BIN) -m pytest -n auto --maxprocesses 4 -m "not slow" $(ARGS)
 
 test-all: install  ## The slow tests too: hours on two cores; ARGS="-k name" goes to pytest
-	@$(PYTHON_BIN) -m pytest -m "not gpu" $(ARGS)
+	@$(PYTHON_BIN) -m pytest $(ARGS)
 
 check: install  ## Lint, format, types and the quick unit tests: about a minute
 	@$(PYTHON_BIN) -m ruff check .
 	@$(PYTHON_BIN) -m ruff format --check .
 	@$(PYTHON_BIN) -m mypy
-	@$(PYTHON_BIN) -m pytest -q -n auto -m "not gpu and not slow and not process" tests/unit $(ARGS)
+	@$(PYTHON_BIN) -m pytest -q -n auto -m "not slow and not process" tests/unit $(ARGS)
 
 docker:  ## Build the image dpsrl:cpu, or with GPU=1 dpsrl:gpu; ARGS="--build-arg PIP_INDEX_URL=..." goes to docker
 	docker build --file docker/Dockerfile --build-arg DPSRL_EXTRA=$(if $(GPU),gpu,cpu) --tag dpsrl:$(if $(GPU),gpu,cpu) $(ARGS) .

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -323,6 +324,7 @@ def load_config(arguments: list[str], entry: str = "train") -> Config:
     """
     OmegaConf.register_new_resolver("package", lambda name: str(PACKAGE_DIR / name), replace=True)
     ConfigStore.instance().store(name="schema", node=Config)
+    arguments = [as_read(argument) for argument in arguments]
     set_keys = _check_overrides(arguments)
     overrides = [f"++{text}" if text.startswith(OWN_OPTIONS) else text for text in arguments]  # its names are free
     GlobalHydra.instance().clear()
@@ -340,6 +342,8 @@ def load_config(arguments: list[str], entry: str = "train") -> Config:
                 f"or give {missing[0]}=..."
             )
         config: Any = OmegaConf.to_object(raw)
+    except YAMLError as error:
+        raise UserError(f"a file in {config_dir()} cannot be read: {' '.join(str(error).split())}") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_composition_sentence(error, arguments)) from error
     check(config, set_keys)
@@ -402,7 +406,32 @@ def parse_override(argument: str) -> Any:
     try:
         return OverridesParser.create().parse_override(argument)
     except HydraException:
-        raise UserError(f"{argument!r} is not of the form key=value") from None
+        name, sign, value = argument.partition("=")
+        if not sign:
+            raise UserError(f"{argument!r} is not of the form key=value") from None
+        raise UserError(
+            f"{argument!r} cannot be read: its value has signs in it that mean something here, as = , {{ }} [ ] ( ): "
+            f"put it into quotes, and these into others for the shell: \"{name}='{value}'\""
+        ) from None
+
+
+def as_read(argument: str) -> str:
+    """The argument with its value in quotes where only so it can be read, and the key is a text: a path, say."""
+    name, sign, value = argument.partition("=")
+    types = {name: item.type for name, item in schema_keys()}
+    if not sign or types.get(name) not in ("str", str):
+        return argument
+    try:
+        OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return f"{name}={quoted(value)}"
+    return argument
+
+
+def quoted(value: str) -> str:
+    """A text as hydra takes it, whatever is in it: a backslash means something to it before a quote alone."""
+    text = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + (found[2] and "\\'"), value)
+    return f"'{text}'"
 
 
 def _check_overrides(arguments: list[str]) -> set[str]:
@@ -413,6 +442,11 @@ def _check_overrides(arguments: list[str]) -> set[str]:
     for argument in arguments:
         override = parse_override(argument)
         name = override.key_or_group
+        if override.is_sweep_override():
+            raise UserError(
+                f"{argument}: several values make several runs, which -m starts; a single value with commas goes into "
+                f"quotes, as \"{name}='a,b'\""
+            )
         if name in groups:
             _check_choice(name, override.value(), argument)
         elif name in known or name.startswith(f"{OWN_OPTIONS}."):

@@ -102,8 +102,12 @@ def recipe_findings(names: list[list[str]], needs: Tried, decisive: list[str], r
         return [Finding("recipes", "recipes", MISSING, words, "install the packages that are missing first", True)]
     rows = []
     for name, need in zip(names, needs.facts):
+        label = " ".join(name).replace("+recipe=", "")
         if "refused" in need:
-            raise SystemExit(need["refused"])
+            if name == decisive:
+                raise SystemExit(need["refused"])
+            rows.append(Finding("recipes", label, MISSING, need["refused"], "mend or remove that recipe"))
+            continue
         short = list(need["short"])
         if need["device"] == "cpu" and installed.build() == "gpu":
             short.append(
@@ -112,7 +116,6 @@ def recipe_findings(names: list[list[str]], needs: Tried, decisive: list[str], r
             )
         if need["device"] == "gpu" and not reached:
             short.append("torch does not reach the GPUs, see there")
-        label = " ".join(name).replace("+recipe=", "")
         status = MISSING if short else OK
         fatal = bool(short) and name == decisive
         rows.append(Finding("recipes", label, status, need["needs"], "; ".join(short), fatal))

@@ -187,12 +187,8 @@ def pass_at(solved_N: np.ndarray, scored_N: np.ndarray) -> dict[int, float]:
 
 
 def exit_code(program: str, action: Callable[[], None]) -> int:
-    """0, or what an entry ends with: 2 after one sentence for a mistake or a stall, 130 after Ctrl-C."""
-    try:
-        return code_of(program, action, (UserError, StallError, CheckpointError))
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted; everything that was started has ended", file=sys.stderr)
-        return 130
+    """As `code_of`, for entries that start a cluster."""
+    return code_of(program, action, (UserError, StallError, CheckpointError))
 
 
 def main(arguments: list[str]) -> int:

@@ -180,8 +180,8 @@ def run_path(config: Config) -> Path:
     if config.run.dir:
         return Path(config.run.dir)
     if config.resume == "auto":
-        unfinished = [p for p in sorted(Path("runs").glob(f"{config.run.name}-*")) if not (p / "summary.json").exists()]
-        if unfinished:
+        runs = map(RunFolder, sorted(Path("runs").glob(f"{config.run.name}-[0-9]*")))
+        if unfinished := [run.path for run in runs if run.config.exists() and not run.summary.exists()]:
             return unfinished[-1]
     return Path(f"runs/{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}")
 
@@ -230,6 +230,8 @@ def open_run(config: Config, checked: Checked, stack: ExitStack) -> Screen:
         folder.create(resume=config.resume != "no")
         with written_beside(folder.config) as partial:
             OmegaConf.save(OmegaConf.structured(config), partial)
+        if checked.checkpoint is None or checked.checkpoint.step < config.train.steps:
+            folder.summary.unlink(missing_ok=True)  # of the same run when it was to be shorter
         screen = stack.enter_context(Screen.capture(folder.logs / "driver.log"))
     except OSError as error:
         raise unwritable(folder.path, error) from error

@@ -27,12 +27,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dpsrl.config import Config, load_config, parse_override
+from dpsrl.config import Config, as_read, load_config, parse_override, quoted
 from dpsrl.data.files import first_line
 from dpsrl.exits import code_of
 from dpsrl.own import is_own
 from dpsrl.report import Run, load_run, write_page
-from dpsrl.run_folder import RunFolder
+from dpsrl.run_folder import RunFolder, unwritable
 from dpsrl.screen import duration
 from dpsrl.types import UserError
 
@@ -50,6 +50,7 @@ class Plan:
     folder: Path
     shared: list[str]
     runs: dict[str, list[str]]
+    dry_run: bool = False
 
     def arguments(self, name: str) -> list[str]:
         return [*self.shared, *self.runs[name]]
@@ -58,7 +59,7 @@ class Plan:
 def plan(arguments: list[str]) -> Plan:
     """UserError where nothing is swept, or any of the runs would be refused."""
     shared, swept, folder = [], [], ""
-    for argument in arguments:
+    for argument in map(as_read, arguments):
         override = parse_override(argument)
         name = override.key_or_group
         if name == "resume" or (name == "run.dir" and override.is_sweep_override()):
@@ -80,7 +81,7 @@ def plan(arguments: list[str]) -> Plan:
     for config, values in zip(configs, runs.values(), strict=True):
         check_method(config, values)
     default = f"runs/{configs[0].run.name}-sweep-{time.strftime('%Y%m%d-%H%M%S')}"
-    return Plan(Path(folder or default), shared, runs)
+    return Plan(Path(folder or default), shared, runs, configs[0].dry_run)
 
 
 def values_of(argument: str, override: Any) -> list[str]:
@@ -158,7 +159,7 @@ class Runs:
     def run(self, command: Sequence[str], folder: Path) -> int:
         """The exit code of a run in `folder`; what it prints goes to the log beside it."""
         with log_of(folder).open("ab") as log:
-            whole = [*command, f"run.dir={quoted(folder)}", "resume=auto"]
+            whole = [*command, f"run.dir={quoted(str(folder))}", "resume=auto"]
             process = subprocess.Popen(whole, stdout=log, stderr=subprocess.STDOUT, process_group=0)
             self.processes.add(process)
             if self.num_stops:  # it came while the process was being started
@@ -171,12 +172,6 @@ class Runs:
 
 def log_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.log")
-
-
-def quoted(folder: Path) -> str:
-    """A path as hydra takes it: the names of runs have equal signs and commas in them."""
-    text = str(folder).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{text}'"
 
 
 def sweep(asked: Plan, console: Console, entry: Sequence[str] = ENTRY) -> int:
@@ -247,10 +242,13 @@ def main(arguments: list[str], entry: Sequence[str] = ENTRY) -> int:
 
     def started() -> int:
         asked = plan([argument for argument in arguments if argument not in FLAGS])
-        if "dry_run=true" in asked.shared:
+        if asked.dry_run:
             checks = [[*entry, *asked.arguments(name)] for name in asked.runs]
             return max(subprocess.run(check, check=False).returncode for check in checks)
-        return sweep(asked, Console(), entry)
+        try:
+            return sweep(asked, Console(), entry)
+        except OSError as error:
+            raise unwritable(asked.folder, error) from error
 
     return code_of("dpsrl.sweep", started)
 

@@ -35,6 +35,7 @@ from dpsrl.evaluate import exit_code  # noqa: E402
 from dpsrl.guard import Guard  # noqa: E402
 from dpsrl.types import UserError  # noqa: E402
 
+RECIPE = "+recipe="
 UNFINISHED = 75  # "temporary failure, try again" in sysexits.h
 GATHER_S = 600.0  # for all machines to be there, the image's download not included
 RAY_ENDS_S = 30.0
@@ -59,12 +60,16 @@ def run(arguments: list[str], environment: Mapping[str, str]) -> int:
     summary = Path(config.run.dir) / "summary.json"
     before = _written(summary)
     code = train.main(arguments)
-    return UNFINISHED if code == 0 and not config.dry_run and _written(summary) == before else code
+    ended = _written(summary) not in (before, None)
+    return UNFINISHED if code == 0 and not config.dry_run and not ended else code
 
 
 def run_arguments(arguments: list[str], environment: Mapping[str, str]) -> list[str]:
     """What dpsrl.train is given: a key set by hand goes before one that is set here."""
-    given = [*shlex.split(environment.get("DPSRL_ARGS", "")), *arguments]
+    given = shlex.split(environment.get("DPSRL_ARGS", ""))
+    if any(argument.startswith(RECIPE) for argument in arguments):  # there is one recipe, the line's
+        given = [argument for argument in given if not argument.startswith(RECIPE)]
+    given += arguments
     own = {
         "run.dir": environment.get("DPSRL_RUN_DIR"),
         "resume": "auto",

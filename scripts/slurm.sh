@@ -23,7 +23,9 @@ set_commands() {
     python=("${PYTHON:-$root/.venv/bin/python}")
     launch=("${python[@]}" "$root/scripts/launch.py")
     if [[ "${DPSRL_IMAGE:-}" == *.sif ]]; then
-        python=(apptainer exec --nv --bind "$PWD,$runs" --pwd "$PWD" "$DPSRL_IMAGE" python)
+        export HF_HOME="${HF_HOME:-$PWD/hf}" # the image's own cannot be written to
+        mkdir -p "$HF_HOME"
+        python=(apptainer exec --nv --bind "$PWD,$runs,$HF_HOME" --env "HF_HOME=$HF_HOME" --pwd "$PWD" "$DPSRL_IMAGE" python)
         launch=("${python[@]}" /opt/dpsrl/scripts/launch.py)
     fi
 }

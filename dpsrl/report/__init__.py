@@ -18,6 +18,7 @@ from dpsrl.report.load import Run, load_run
 from dpsrl.report.page import metrics_table, render, unique_names
 from dpsrl.report.panels import every_figure
 from dpsrl.report.watch import DEFAULT_PORT, follow
+from dpsrl.run_folder import readable
 from dpsrl.types import UserError
 
 __all__ = ["Run", "load_run", "main", "metrics_table", "render", "write_figures", "write_page", "write_report"]
@@ -58,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return follow(options.runs, *checked_watch(options))
         if options.port is not None:
             raise UserError(f"--port {options.port} would have no effect: it belongs to --watch")
-        runs = [load_run(run_dir) for run_dir in options.runs]
+        with readable():
+            runs = [load_run(run_dir) for run_dir in options.runs]
         out = options.out or (options.runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
         if options.out and out.is_dir():
             raise UserError(f"--out {out} is a folder: give a file, as {out / 'report.html'}")

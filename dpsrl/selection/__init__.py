@@ -7,6 +7,7 @@ selector.observe(ids, num_solved, num_rollouts)    # once per step
 """
 
 from dpsrl.selection.methods import METHODS, build_selector
+from dpsrl.selection.outcomes import OutcomeRule
 from dpsrl.selection.selectors import Selector
 
-__all__ = ["METHODS", "Selector", "build_selector"]
+__all__ = ["METHODS", "OutcomeRule", "Selector", "build_selector"]

@@ -4,11 +4,13 @@ import sys
 
 import pandas
 
-groups = pandas.read_parquet(sys.argv[1]).dropna(subset=["predicted", "state"])
-groups["mixed"] = groups["state"] == "partial"
-groups["bin"] = (10 * groups["predicted"]).astype(int).clip(upper=9) / 10
-print("predicted against observed share of mixed groups")
-print(groups.groupby("bin").agg(predicted=("predicted", "mean"), observed=("mixed", "mean"), groups=("mixed", "size")))
+groups = pandas.read_parquet(sys.argv[1]).dropna(subset=["state"])
+judged = groups.dropna(subset=["predicted"])
+judged = judged.assign(mixed=judged["state"] == "partial", bin=(10 * judged["predicted"] // 1).clip(upper=9) / 10)
+print("predicted against observed share of mixed groups" if len(judged) else "this run's method predicts nothing")
+if len(judged):
+    means = dict(predicted=("predicted", "mean"), observed=("mixed", "mean"), groups=("mixed", "size"))
+    print(judged.groupby("bin").agg(**means))
 
 groups["next"] = groups.sort_values("step", kind="stable").groupby("prompt_id")["state"].shift(-1)
 print("\nfrom one group of a prompt to its next")

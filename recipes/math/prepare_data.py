@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 
 from datasets import load_dataset
+from datasets.exceptions import DatasetNotFoundError
 
+from dpsrl.data.files import first_line
 from dpsrl.rewards.answers import final_answers
 
 # file stem: (data set, configuration, split, problem column, answer column or None for the solution's box)
@@ -28,7 +30,10 @@ SOURCES = {
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for stem, (name, configuration, split, problem, answer) in SOURCES.items():
-        rows = load_dataset(name, configuration, split=split)
+        try:
+            rows = load_dataset(name, configuration, split=split)
+        except (OSError, DatasetNotFoundError) as error:  # ConnectionError and the hub's own are among them
+            sys.exit(f"{name} cannot be loaded from the hub ({first_line(error)}): see to the network, or set HF_TOKEN")
         with (folder / f"{stem}.jsonl").open("w") as file:
             for row in rows:
                 reference = row[answer] if answer else next(iter(final_answers(row["solution"])), None)

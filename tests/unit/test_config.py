@@ -1,5 +1,7 @@
 """What the schema accepts and the sentence it refuses the rest with."""
 
+import shutil
+
 import pytest
 
 from dpsrl.config import (
@@ -83,6 +85,9 @@ def test_another_method_does_not_inherit_the_recipes_options():
         ("seed=4294967296", ["seed=4294967296", "at most 4294967295"]),
         ("trainer.lr=inf", ["trainer.lr=inf", "no finite number"]),
         ("run.stall_s=nan", ["run.stall_s=nan", "no finite number"]),
+        ("seed=0,1", ["several values make several runs, which -m starts"]),
+        ("selection=dps,uniform", ["several values make several runs, which -m starts"]),
+        ("train.steps=a=b", ["put it into quotes", "\"train.steps='a=b'\""]),
         ("log.to=[wandb,mlflow]", ["log.to=mlflow", "wandb, tensorboard"]),
     ],
 )
@@ -90,6 +95,30 @@ def test_a_bad_argument_is_refused_with_its_value_and_the_remedy(argument, words
     message = refusal("+recipe=quickstart", argument) if "recipe" not in argument else refusal(argument)
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "{problem} Answer:",
+        "It's {problem}: a, b = c",
+        "{problem}\\n, please",
+        "a\\'b = {problem}\\\\'c', \\",
+        "runs/k\u00e4se {problem}",
+        "'{problem}, quoted'",
+    ],
+)
+def test_a_text_is_taken_as_it_is(value):
+    config = load_config(["+recipe=quickstart", f"data.instruction={value}"])
+    assert config.data.instruction == value.strip("'")
+
+
+def test_a_recipe_that_is_no_yaml_is_named(tmp_path, monkeypatch):
+    shutil.copytree(config_dir(), tmp_path / "configs")
+    (tmp_path / "configs/recipe/mine.yaml").write_text("train: {steps: 3")
+    monkeypatch.setattr("dpsrl.config.config_dir", lambda: tmp_path / "configs")
+    message = refusal("+recipe=mine")
+    assert "recipe/mine.yaml" in message and "line 1" in message and "\n" not in message
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,13 @@ def test_arguments_that_train_refuses():
         doctor.recipe_findings([["a"]], Tried([needs_here(["+recipe=math", "trainer.workers=2"])], ""), ["a"])
 
 
+def test_a_recipe_that_nobody_asked_for_is_a_row():
+    needs = Tried([needs_here(["+recipe=math", "trainer.workers=2"]), needs_here(["+recipe=quickstart"])], "")
+    first, second = doctor.recipe_findings([["+recipe=mine"], ["+recipe=quickstart"]], needs, ["+recipe=quickstart"])
+    assert (first.name, first.status, first.fatal) == ("mine", MISSING, False) and "trainer.workers" in first.found
+    assert second.name == "quickstart"
+
+
 def test_secrets_are_not_shown(bare, tmp_path):
     secret = {"WANDB_API_KEY": "k3y", "HF_TOKEN": "k3y", "https_proxy": "http://me:k3y@proxy.example:3128"}
     done = start(bare, tmp_path, **secret)

@@ -35,6 +35,8 @@ def test_keys_given_by_hand_go_before_those_of_the_launcher(launch):
         "cluster.address=10.0.0.1:7000",
     ]  # fmt: skip
     assert launch.run_arguments(["run.dir=mine"], {"DPSRL_RUN_DIR": "runs/math"}) == ["run.dir=mine", "resume=auto"]
+    one_recipe = launch.run_arguments(["+recipe=countdown", "seed=1"], {"DPSRL_ARGS": "+recipe=math train.steps=3"})
+    assert one_recipe == ["train.steps=3", "+recipe=countdown", "seed=1", "resume=auto"]
 
 
 @pytest.mark.parametrize(
@@ -42,7 +44,8 @@ def test_keys_given_by_hand_go_before_those_of_the_launcher(launch):
     [
         (None, "new", 0, 0),  # finished
         (None, None, 0, 75),  # stopped
-        ("old", None, 0, 75),  # a longer run of a finished one, stopped
+        ("old", None, 0, 75),  # stopped before it began
+        ("old", "gone", 0, 75),  # a longer run of a finished one, stopped
         ("old", "new", 0, 0),
         (None, None, 2, 2),  # a mistake
     ],
@@ -55,7 +58,9 @@ def test_a_run_that_was_stopped_ends_with_75(launch, monkeypatch, tmp_path, befo
 
     def train(arguments):
         assert f"run.dir={tmp_path}" in arguments
-        if after:
+        if after == "gone":
+            summary.unlink()
+        elif after:
             summary.write_text(after)
         return code
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from contextlib import ExitStack
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import dpsrl.resume
 from dpsrl.checkpoint import BrokenCheckpoint
 from dpsrl.config import PACKAGE_DIR, load_config
-from dpsrl.launch import open_run, preflight
+from dpsrl.launch import open_run, preflight, run_path
 from dpsrl.resume import Driver, about_run, check_same_run, choose_checkpoint, model_fingerprint, read_driver
 from dpsrl.run_folder import RunFolder
 from dpsrl.types import UserError
@@ -106,6 +107,29 @@ def test_another_benchmark_is_remarked_on_and_another_model_refused(tmp_path):
     assert remark.startswith("warning: benchmark countdown has other content than at the checkpoint")
     with pytest.raises(UserError, match="configuration, tokenizer or weights differ"):
         check_same_run(checkpoint, config, about | {"model": "other"})
+
+
+@pytest.mark.parametrize("steps, is_over", [(200, True), (300, False)])
+def test_a_longer_run_is_no_longer_one_that_reached_its_end(folder, monkeypatch, steps, is_over):
+    arguments = ["+recipe=quickstart", "data.countdown.num_train=64", "data.countdown.num_test=8", "resume=auto"]
+    config = load_config([*arguments, f"run.dir={folder.path}", f"train.steps={steps}"])
+    monkeypatch.setattr("dpsrl.launch.check_same_run", lambda *_: [])
+    folder.config.touch()
+    folder.summary.write_text("{}")
+    with ExitStack() as stack:
+        open_run(config, preflight(config), stack)
+    assert folder.summary.exists() == is_over
+
+
+def test_an_unnamed_run_is_taken_up_where_one_of_its_recipe_was_left(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load_config(["+recipe=quickstart", "resume=auto"])
+    for name in ("quickstart-20260101-000000", "quickstart-20260102-000000", "quickstart-sweep-20260103-000000"):
+        Path("runs", name).mkdir(parents=True)
+    for name in ("quickstart-20260101-000000", "quickstart-20260102-000000"):
+        Path("runs", name, "config.yaml").touch()
+    Path("runs/quickstart-20260102-000000/summary.json").touch()
+    assert run_path(config) == Path("runs/quickstart-20260101-000000")
 
 
 def test_a_run_that_another_took_further_meanwhile_is_not_taken_back(folder):

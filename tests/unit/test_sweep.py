@@ -116,6 +116,14 @@ def test_refused_before_anything_starts(arguments, words, tmp_path, monkeypatch,
 
 
 @pytest.mark.process
+@pytest.mark.parametrize("written", ["true", "True", "yes"])
+def test_a_dry_run_starts_nothing(tmp_path, monkeypatch, written):
+    monkeypatch.chdir(tmp_path)
+    assert sweep.main([*GRID, f"dry_run={written}"], [sys.executable, "-c", "pass"]) == 0
+    assert not (tmp_path / "grid").exists()
+
+
+@pytest.mark.process
 def test_folders_of_others_are_left_alone(entry, tmp_path, capsys):
     (tmp_path / "grid").mkdir()
     (tmp_path / "grid/thesis.tex").touch()
