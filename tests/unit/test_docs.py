@@ -1,5 +1,6 @@
 """What README and guide tell people to type: every command is understood, every piece of Python runs or compiles."""
 
+import functools
 import os
 import re
 import shlex
@@ -69,11 +70,23 @@ def test_a_command_is_understood(line):
     if module in ("dpsrl.train", "dpsrl.evaluate"):
         load_config(arguments, entry=module.removeprefix("dpsrl."))
         return
+    known = set(re.findall(r"--[a-z-]+|\b[a-z_]+(?==)", help_of(module)))
+    assert {word.split("=")[0] for word in arguments if word.startswith("--")} <= known, help_of(module)
+
+
+@functools.cache
+def help_of(module):
     done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    known = set(re.findall(r"--[a-z-]+|\b[a-z_]+(?==)", done.stdout))
-    given = {word.split("=")[0] for word in arguments if word.startswith("--")}
-    assert given <= known, done.stdout
+    return done.stdout
+
+
+def test_the_site_is_built_and_no_link_in_it_is_broken(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, cwd=ROOT, env=os.environ | {"PYTHONPATH": "."}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 READMES = [page for page in PAGES if page.name == "README.md"]
