@@ -42,6 +42,15 @@ STAND_INS = {
         with (pathlib.Path(os.environ["STAND_IN"]) / "requeued").open("a") as file:
             file.write(" ".join(sys.argv[1:]) + "\\n")
     """,
+    # Runs the driver in the image's place, with the container's variables.
+    "apptainer": """
+        import json, os, pathlib, sys
+        arguments = sys.argv[1:]
+        (pathlib.Path(os.environ["STAND_IN"]) / "apptainer.json").write_text(json.dumps(arguments))
+        place = arguments.index("python")
+        driver = str(pathlib.Path(__file__).with_name("driver"))
+        os.execvp(driver, [driver, *arguments[place + 1 :]])
+    """,
     # In place of .venv/bin/python: says its address, and as launch.py ends as the test has it end.
     "driver": """
         import os, pathlib, signal, sys, time
@@ -150,6 +159,19 @@ def test_a_warned_job_tells_its_driver_once_and_puts_itself_back(slurm):
     assert slurm.notes("worker")[1:] == ["TERM"]  # ended with the job
     assert {"--nodes=2", "--ntasks=2", "--relative=1"} <= set(json.loads((slurm.folder / "srun.json").read_text()))
     assert not list((slurm.folder / "work").rglob(".ray-token*"))
+
+
+def test_an_image_runs_with_a_cache_that_it_can_write_to(slurm):
+    slurm.env.pop("HF_HOME", None)
+    slurm.submit("ends", DPSRL_IMAGE="dpsrl.sif")
+    job = slurm.start(num_nodes=1)
+    assert job.wait(30) == 2, slurm.output()
+    arguments, work = json.loads((slurm.folder / "apptainer.json").read_text()), slurm.folder / "work"
+    assert arguments[arguments.index("--env") + 1] == f"HF_HOME={work / 'hf'}" and (work / "hf").is_dir()
+    assert str(work / "hf") in arguments[arguments.index("--bind") + 1].split(",")
+    assert arguments[arguments.index("--pwd") + 1 :] == [
+        str(work), "dpsrl.sif", "python", "/opt/dpsrl/scripts/launch.py", "ends"
+    ]  # fmt: skip
 
 
 def test_a_job_that_fails_is_not_put_back_and_fails(slurm):
