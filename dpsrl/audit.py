@@ -38,9 +38,7 @@ class Audit:
                 rows.append(row)
         return rows
 
-    def record(
-        self, predicted_A: np.ndarray, mixed_A: np.ndarray, likeliest_A: np.ndarray, seen_A: np.ndarray
-    ) -> None:
+    def record(self, predicted_A: np.ndarray, mixed_A: np.ndarray, likeliest_A: np.ndarray, seen_A: np.ndarray) -> None:
         latest = np.stack([predicted_A, mixed_A, likeliest_A, seen_A], axis=1)
         self._judged = np.concatenate([self._judged, latest])[-WINDOW:]
 

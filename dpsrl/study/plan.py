@@ -48,8 +48,8 @@ class Variant:
 
 @dataclass(frozen=True)
 class Plan:
-    """A study. `methods_of`: the methods compared in each setting, in order; `ablations`: what varies -> name -> variant,
-    all in `ablated`, a setting.
+    """A study. `methods_of`: the methods compared in each setting, in order; `ablations`: what varies -> name ->
+    variant, all in `ablated`, a setting.
 
     reference: the method whose final accuracy the others are to reach; ours: the one that others are paired with.
     refilling: methods that also choose after the rollouts, by leaving out groups that are not mixed.
