@@ -47,10 +47,14 @@ REACHED, CENSORED, AT_THE_START = "reached", "censored", "at the start"
 
 
 class Ratio(NamedTuple):
-    """What a method costs over the reference's cost: inf where it is censored, NaN where the reference had it at once."""
+    """What a method costs over the reference's cost: inf where it is censored, NaN where the reference had it at once.
+
+    spent: all that the method cost over the same, which a censored ratio is known to exceed.
+    """
 
     state: str
     estimate: Estimate
+    spent: float
 
 
 def mean_interval(values_S: np.ndarray) -> tuple[float, float]:
@@ -85,17 +89,21 @@ def reach(cost_T: np.ndarray, accuracy_T: np.ndarray, target: np.ndarray | float
 def cost_ratio(own: Curves, reference: Curves, share: float) -> np.ndarray:
     """What `own` costs until its mean accuracy is `share` of the reference's final one, over the reference's cost.
 
-    That is all that the reference spent for its final accuracy, share 1, as the paper has it; for a part of it, what
-    the reference itself costs until it is there. Curves are means over seeds, whose noise is a fraction of a single
-    run's; noise makes a curve reach a target early. inf where own is censored, NaN where the reference is there at the
-    start.
+    Curves are means over seeds, whose noise is a fraction of a single run's; noise makes a curve reach a target early.
+    inf where own is censored, NaN where the reference is there at the start.
     """
-    own_T, reference_T = (curves.accuracy_ST.mean(axis=-2) for curves in (own, reference))
-    target = share * reference_T[..., -1]  # of the curve that is read off, to the last bit, so that it does reach it
-    costs_T = reference.cost_ST.mean(axis=-2)
-    own_cost, first_cost = reach(own.cost_ST.mean(axis=-2), own_T, target), reach(costs_T, reference_T, target)
-    reference_cost = costs_T[..., -1] if share == 1.0 else first_cost
-    return own_cost / np.where(first_cost > 0, reference_cost, math.nan)
+    target = share * reference.accuracy_ST.mean(axis=-2)[..., -1]
+    own_cost = reach(own.cost_ST.mean(axis=-2), own.accuracy_ST.mean(axis=-2), target)
+    return own_cost / reference_cost(reference, share)
+
+
+def reference_cost(reference: Curves, share: float) -> np.ndarray:
+    """For its final accuracy, share 1, all that the reference spent, as the paper has it; for a part of that, what it
+    costs the reference until it is there. NaN where it is there at the start.
+    """
+    cost_T, accuracy_T = reference.cost_ST.mean(axis=-2), reference.accuracy_ST.mean(axis=-2)
+    first = reach(cost_T, accuracy_T, share * accuracy_T[..., -1])
+    return np.where(first > 0, cost_T[..., -1] if share == 1.0 else first, math.nan)
 
 
 def bootstrap(
@@ -136,6 +144,7 @@ def cost_ratio_interval(own: Curves, reference: Curves, share: float) -> Ratio:
         return cost_ratio(drawn[0], drawn[1], share)
 
     estimate = bootstrap(of, len(own.cost_ST))
+    spent = float(own.cost_ST[:, -1].mean() / reference_cost(reference, share))
     if not estimate.value > 0:
-        return Ratio(AT_THE_START, estimate)
-    return Ratio(CENSORED if math.isinf(estimate.value) else REACHED, estimate)
+        return Ratio(AT_THE_START, estimate, spent)
+    return Ratio(CENSORED if math.isinf(estimate.value) else REACHED, estimate, spent)

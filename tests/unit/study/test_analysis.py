@@ -86,8 +86,8 @@ def test_a_reference_reaches_its_own_end_whatever_the_rounding():
 
 def test_what_never_gets_there_is_censored_not_extrapolated():
     assert cost_ratio(straight([0.01, 0.02]), straight([0.05, 0.05]), 1.0) == np.inf
-    state, estimate = cost_ratio_interval(straight([0.01, 0.02] * 3), straight([0.05] * 6), 1.0)
-    assert state == CENSORED and estimate == (np.inf, (np.inf, np.inf), 0)
+    ratio = cost_ratio_interval(straight([0.01, 0.02] * 3), straight([0.05] * 6, cost_per_step=200.0), 1.0)
+    assert ratio == (CENSORED, (np.inf, (np.inf, np.inf), 0), 0.5)
 
 
 def test_what_is_reached_before_the_first_step_has_no_ratio():
@@ -134,11 +134,12 @@ def test_resamples_without_a_value_are_counted():
 
 
 def test_pairing_keeps_what_seeds_share_out_of_the_interval():
-    """Seeds differ fivefold in what they cost, but own always costs a quarter of the reference."""
+    """Seeds differ sixfold in what they cost, but own always costs a quarter of the reference."""
     costs = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])[:, None] * np.arange(5)
     accuracy = np.tile(0.2 + 0.1 * np.arange(5), (6, 1))
-    state, estimate = cost_ratio_interval(Curves(0.25 * costs, accuracy), Curves(costs, accuracy), 1.0)
-    assert state == REACHED and estimate.value == pytest.approx(0.25) and estimate.interval == pytest.approx((0.25,) * 2)
+    state, estimate, spent = cost_ratio_interval(Curves(0.25 * costs, accuracy), Curves(costs, accuracy), 1.0)
+    assert (state, estimate.value, spent) == (REACHED, pytest.approx(0.25), pytest.approx(0.25))
+    assert estimate.interval == pytest.approx((0.25, 0.25))
 
 
 def test_an_interval_that_some_resamples_never_reach_is_open_above():
