@@ -14,14 +14,14 @@ MIN_GROUPS = 20  # below this a figure would be noise
 
 
 class Audit:
-    """Owns the draws and the latest WINDOW judgements: the predicted chance of a mixed group, whether it was mixed, and
-    whether *partial* had been the likeliest state.
+    """Owns the draws and the latest WINDOW judgements: the predicted chance of a mixed group, whether it was mixed,
+    whether *partial* had been the likeliest state, and whether the prompt had been scored before.
     """
 
     def __init__(self, num_prompts: int, seed: int) -> None:
         self.num_prompts = num_prompts
         self._num_drawn = 0
-        self._judged = np.zeros((0, 3))
+        self._judged = np.zeros((0, 4))
         self._seed = seed
 
     def draw(self, num_rows: int, busy: list[int], limit: int) -> list[int]:
@@ -38,15 +38,15 @@ class Audit:
                 rows.append(row)
         return rows
 
-    def record(self, predicted_A: np.ndarray, mixed_A: np.ndarray, likeliest_A: np.ndarray) -> None:
-        latest = np.stack([predicted_A, mixed_A, likeliest_A], axis=1)
+    def record(self, predicted_A: np.ndarray, mixed_A: np.ndarray, likeliest_A: np.ndarray, seen_A: np.ndarray) -> None:
+        latest = np.stack([predicted_A, mixed_A, likeliest_A, seen_A], axis=1)
         self._judged = np.concatenate([self._judged, latest])[-WINDOW:]
 
     def metrics(self, predicts: bool = True) -> dict[str, float]:
         """Nothing until there are MIN_GROUPS; predicts: whether there are predictions to be judged."""
         if len(self._judged) < MIN_GROUPS:
             return {}
-        predicted, mixed, _ = self._judged.T
+        predicted, mixed, *_ = self._judged.T
         judged = {
             "selection/audit_brier": float(((predicted - mixed) ** 2).mean()),
             "selection/audit_calibration": calibration_error(predicted, mixed),

@@ -44,6 +44,7 @@ class Flight(NamedTuple):
     partial: float  # P(partial)
     likeliest_partial: bool
     audited: bool  # drawn at random, not chosen
+    seen: bool  # scored in a step before
 
 
 class Controller:
@@ -183,6 +184,10 @@ class Controller:
                 self._admitted[outcome.index] = None
         return admitted
 
+    def audited(self, ids: Sequence[int]) -> list[bool]:
+        """Of prompts that came back in this step, whether each was drawn at random for the audit."""
+        return [self._came_back[index][1].audited for index in ids]
+
     def observe(self, ahead: bool = False, begun: Sequence[int] = ()) -> dict[str, float]:
         """Ends the step: the selector learns from all its outcomes at once. Returns the step's metrics.
 
@@ -212,14 +217,14 @@ class Controller:
         self._begin_step()
 
         mixed_B = state_B == PARTIAL
-        partial_B, likeliest_B, audited_B = np.array(flights, dtype=np.float64).reshape(-1, 3)[scored_B].T
+        partial_B, likeliest_B, audited_B, seen_B = np.array(flights, dtype=np.float64).reshape(-1, 4)[scored_B].T
         if ids_B.size:
             metrics["selection/mixed_share"] = float(mixed_B.mean())
             metrics["selection/brier"] = float(((partial_B - mixed_B) ** 2).mean())
         if likeliest_B.any():
             metrics["selection/precision"] = float(mixed_B[likeliest_B > 0].mean())
         audited = audited_B > 0
-        self._audit.record(partial_B[audited], mixed_B[audited], likeliest_B[audited])
+        self._audit.record(partial_B[audited], mixed_B[audited], likeliest_B[audited], seen_B[audited])
         uses = self.selector.uses()
         if uses.any():
             metrics |= {"selection/uses_mean": float(uses[uses > 0].mean()), "selection/uses_max": float(uses.max())}
@@ -263,7 +268,8 @@ class Controller:
         for place, (index, states_S) in enumerate(zip(np.asarray(ids).tolist(), states_BS.tolist(), strict=True)):
             partial = states_S[PARTIAL]
             likeliest = partial > max(states_S[UNSOLVED], states_S[SOLVED])
-            self._in_flight[index] = Flight(partial, likeliest, place >= len(ids) - num_audited)
+            audited, seen = place >= len(ids) - num_audited, bool(self._last_state_N[index] != UNSEEN)
+            self._in_flight[index] = Flight(partial, likeliest, audited, seen)
             selected.append((index, self._told(partial)))
         self._order += [index for index, _ in selected]
         return selected
@@ -310,7 +316,7 @@ class Controller:
             "policy_version": np.array(self.policy_version),
             "last_state": self._last_state_N.copy(),
             "in_flight_index": np.array(list(in_flight), dtype=np.int64),
-            "in_flight_thought": np.array(list(in_flight.values()), dtype=np.float64).reshape(-1, 3),
+            "in_flight_thought": np.array(list(in_flight.values()), dtype=np.float64).reshape(-1, 4),
             "carried_index": np.array(self._carried, dtype=np.int64),
             "yield": self._yield.copy(),
         }
@@ -335,9 +341,9 @@ class Controller:
         self.selector.load_state_dict(part_of(state, "selector."))
         self._audit.load_state_dict(part_of(state, "audit."))
         self.policy_version = int(state["policy_version"])
-        thought_F3 = state["in_flight_thought"].tolist()
+        thought_F4 = state["in_flight_thought"].tolist()
         self._last_state_N[:] = state["last_state"]
-        thoughts = [Flight(partial, bool(likeliest), bool(audited)) for partial, likeliest, audited in thought_F3]
+        thoughts = [Flight(partial, *map(bool, others)) for partial, *others in thought_F4]
         self._in_flight = dict(zip(state["in_flight_index"].tolist(), thoughts, strict=True))
         self._yield = np.array(state["yield"])
         self._came_back, self._admitted, self._carried = {}, {}, state["carried_index"].tolist()

@@ -90,7 +90,7 @@ KEYS: dict[str, Key] = {
     "sync/canary_diff": Key("nats", "mean |trainer - engine| logprob of one fixed sequence after the sync", "last"),
     "time/start_s": Key("s", "from the start of the run to its first evaluation or step", "sum"),
     "time/step_s": Key("s", "the whole step, evaluation and checkpoint included", "sum"),
-    "time/select_ms": Key("ms", "choosing prompts and learning from outcomes", "sum"),
+    "time/select_ms": Key("ms", "choosing prompts, refilling and learning from outcomes", "sum"),
     "time/generate_s": Key("s", "waiting for the engines", "sum"),
     "time/score_s": Key("s", "waiting for rewards", "sum"),
     "time/train_s": Key("s", "the trainer at work", "sum"),
@@ -199,9 +199,11 @@ class GroupLog:
     def __init__(self, path: Path, last_step: int = -1, say: Callable[[str], None] = print) -> None:
         self._file = Lines(path, last_step, say)
 
-    def write(self, step: int, group: Group, counts: tuple[int, int], admitted: bool, predicted: float | None) -> None:
-        """counts: solved and scored, as selection reads the rewards; predicted: the chance of a mixed group that its
-        selection went by, None where there was none.
+    def write(
+        self, step: int, group: Group, counts: tuple[int, int], admitted: bool, audited: bool, predicted: float | None
+    ) -> None:
+        """counts: solved and scored, as selection reads the rewards; audited: drawn at random, not chosen; predicted:
+        the chance of a mixed group that its selection went by, None where there was none.
         """
         line = {
             "step": step,
@@ -210,6 +212,7 @@ class GroupLog:
             "num_solved": counts[0],
             "num_rollouts": counts[1],
             "admitted": admitted,
+            "audited": audited,
             "predicted": predicted,
         }
         self._file.write(line)

@@ -51,10 +51,13 @@ class ControllerHandle:
     def select(self) -> list[tuple[int, float]]:
         return self._call(self.actor.select)
 
-    def admit(self, outcomes: list) -> tuple[list[bool], list[tuple[int, float]]]:
-        """(whether to train on each group, the prompts to roll out in place of those that are not trained on)."""
-        admitted, refill = self.actor.admit.remote(outcomes), self.actor.refill.remote()
-        return tuple(self.cluster.get({self.actor: call}, "answer")[0] for call in (admitted, refill))
+    def admit(self, outcomes: list) -> tuple[list[bool], list[bool], list[tuple[int, float]]]:
+        """Of each group, whether to train on it and whether its prompt was drawn for the audit; and the prompts to roll
+        out in place of those that are not trained on.
+        """
+        ids = [outcome.index for outcome in outcomes]
+        calls = self.actor.admit.remote(outcomes), self.actor.audited.remote(ids), self.actor.refill.remote()
+        return tuple(self.cluster.get({self.actor: call}, "answer")[0] for call in calls)
 
     def observe(self, ahead: bool = False, begun: tuple[int, ...] = ()) -> dict[str, float]:
         return self._call(self.actor.observe, ahead, begun)

@@ -140,12 +140,13 @@ def next_groups(run: Run) -> list[Group]:
         shape_rewards(group, run.config)
     counts = [run.outcome_rule.counts(group.rewards_G) for group in groups]
     outcomes = [Outcome(group.index, *count, group.policy_version) for group, count in zip(groups, counts)]
-    admitted, more = run.controller.admit(outcomes)
-    for (group, texts), count, is_admitted in zip(taken, counts, admitted, strict=True):
+    with run.metrics.timer("time/select_ms"):
+        admitted, audited, more = run.controller.admit(outcomes)
+    for (group, texts), count, is_admitted, is_audited in zip(taken, counts, admitted, audited, strict=True):
         _, predicted = driver.under_way.pop(group.index)
         if predicted == predicted:  # NaN where the method predicts nothing
             run.metrics.add({"selection/predicted_share": predicted})
-        run.group_log.write(driver.num_generated, group, count, is_admitted, predicted)
+        run.group_log.write(driver.num_generated, group, count, is_admitted, is_audited, predicted)
         run.response_log.offer(driver.num_generated, group, count, texts)
         driver.ledger.came_back(group, is_admitted)
         if is_admitted:

@@ -35,6 +35,7 @@ class History:
     num_solved_G: np.ndarray
     num_rollouts_G: np.ndarray
     admitted_G: np.ndarray
+    audited_G: np.ndarray
     predicted_G: np.ndarray
     num_unreadable: int = 0
 
@@ -83,16 +84,16 @@ def read_history(path: Path) -> History:
             num_unreadable += 1
             continue
         place = places.setdefault(line["prompt_id"], len(places))
-        rows.append((place, *(line[name] for name in COUNTS), line["admitted"]))
+        rows.append((place, *(line[name] for name in COUNTS), line["admitted"], line.get("audited") is True))
         chance = line.get("predicted")
         predicted.append(float(chance) if isinstance(chance, (int, float)) and 0 <= chance <= 1 else math.nan)
-    table = np.array(rows, dtype=np.int64).reshape(-1, 6)
+    table = np.array(rows, dtype=np.int64).reshape(-1, 7)
     order = np.argsort(table[:, 1], kind="stable")  # as they were written, unless somebody mixed them up
-    prompt_G, step_G, version_G, num_solved_G, num_rollouts_G, admitted_G = table[order].T
+    prompt_G, step_G, version_G, num_solved_G, num_rollouts_G, admitted_G, audited_G = table[order].T
     predicted_G = np.array(predicted, dtype=float)[order]
     return History(
-        list(places), prompt_G, step_G, version_G, num_solved_G, num_rollouts_G, admitted_G.astype(bool), predicted_G,
-        num_unreadable,
+        list(places), prompt_G, step_G, version_G, num_solved_G, num_rollouts_G, admitted_G.astype(bool),
+        audited_G.astype(bool), predicted_G, num_unreadable,
     )  # fmt: skip
 
 

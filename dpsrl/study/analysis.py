@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-NUM_RESAMPLES = 4000
+NUM_RESAMPLES = 10_000
+MIN_SEEDS = 6  # below, the interval of a bootstrap means nothing
 # 0.975 quantiles of Student's t for 1, 2, ... degrees of freedom; beyond them the normal one.
 T_95 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
@@ -31,19 +32,41 @@ class Curves(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """A value and its 95% interval. inf: not reached, with what was spent; nan: not to be told from so few runs."""
+    """A value and its 95% interval, None for fewer than MIN_SEEDS seeds.
+
+    dropped: resamples of which the value is not defined (NaN), without which the interval is.
+    """
 
     value: float
-    low: float
-    high: float
+    interval: tuple[float, float] | None = None
+    dropped: int = 0
+
+
+# How far a curve got: to the target at some cost; not to it with all that was spent; or there before the first step.
+REACHED, CENSORED, AT_THE_START = "reached", "censored", "at the start"
+
+
+class Ratio(NamedTuple):
+    """What a method costs over the reference's cost: inf where it is censored, NaN where the reference had it at once.
+
+    spent: all that the method cost over the same, which a censored ratio is known to exceed.
+    """
+
+    state: str
+    estimate: Estimate
+    spent: float
 
 
 def mean_interval(values_S: np.ndarray) -> tuple[float, float]:
     """Mean and half the width of its 95% t-interval; the width is NaN for one value."""
     if values_S.size < 2:
         return float(values_S.mean()), math.nan
-    quantile = T_95[values_S.size - 2] if values_S.size - 2 < len(T_95) else 1.96
-    return float(values_S.mean()), float(quantile * values_S.std(ddof=1) / math.sqrt(values_S.size))
+    return float(values_S.mean()), float(student(values_S.size) * values_S.std(ddof=1) / math.sqrt(values_S.size))
+
+
+def student(num: int) -> float:
+    """The 0.975 quantile of Student's t for that many values."""
+    return T_95[num - 2] if num - 2 < len(T_95) else 1.96
 
 
 def reach(cost_T: np.ndarray, accuracy_T: np.ndarray, target: np.ndarray | float) -> np.ndarray:
@@ -64,41 +87,55 @@ def reach(cost_T: np.ndarray, accuracy_T: np.ndarray, target: np.ndarray | float
 
 
 def cost_ratio(own: Curves, reference: Curves, share: float) -> np.ndarray:
-    """What `own` costs over what `reference` costs until its mean accuracy is `share` of the reference's final one.
+    """What `own` costs until its mean accuracy is `share` of the reference's final one, over the reference's cost.
 
-    Both are read off curves averaged over seeds, whose noise is a fraction of a single run's; a curve's noise makes it
-    reach a target early, the reference's as well. NaN where the reference has it before its first step.
+    Curves are means over seeds, whose noise is a fraction of a single run's; noise makes a curve reach a target early.
+    inf where own is censored, NaN where the reference is there at the start.
     """
-    own_T, reference_T = (curves.accuracy_ST.mean(axis=-2) for curves in (own, reference))
-    target = share * reference_T[..., -1]  # of the curve that is read off, to the last bit, so that it does reach it
-    own_cost, reference_cost = (
-        reach(curves.cost_ST.mean(axis=-2), accuracy_T, target)
-        for curves, accuracy_T in ((own, own_T), (reference, reference_T))
-    )
-    return own_cost / np.where(reference_cost > 0, reference_cost, math.nan)
+    target = share * reference.accuracy_ST.mean(axis=-2)[..., -1]
+    own_cost = reach(own.cost_ST.mean(axis=-2), own.accuracy_ST.mean(axis=-2), target)
+    return own_cost / reference_cost(reference, share)
+
+
+def reference_cost(reference: Curves, share: float) -> np.ndarray:
+    """For its final accuracy, share 1, all that the reference spent, as the paper has it; for a part of that, what it
+    costs the reference until it is there. NaN where it is there at the start.
+    """
+    cost_T, accuracy_T = reference.cost_ST.mean(axis=-2), reference.accuracy_ST.mean(axis=-2)
+    first = reach(cost_T, accuracy_T, share * accuracy_T[..., -1])
+    return np.where(first > 0, cost_T[..., -1] if share == 1.0 else first, math.nan)
 
 
 def bootstrap(
     statistic: Callable[[np.ndarray], np.ndarray], num_seeds: int, num_resamples: int = NUM_RESAMPLES, seed: int = 0
 ) -> Estimate:
-    """`statistic` of all seeds, and the 2.5% and 97.5% quantiles of what it is on seeds drawn with replacement.
+    """`statistic` of all seeds, and its expanded percentile interval over seeds drawn with replacement.
 
     statistic: of places of seeds (..., S), so that whatever belongs to one seed is drawn together, to a value for each
-    draw. A resample that is inf counts as larger than any other. The interval is NaN for fewer than three seeds.
+    draw. A resample that is inf counts as larger than any other; one that is NaN is dropped and counted.
+
+    Few seeds make plain percentiles too narrow: a resample's variance lacks a factor of n / (n - 1), and the normal
+    quantile is not Student's. Hesterberg (2015, The American Statistician 69(4), expanded percentile intervals) reads
+    off the quantiles that would make up for both were the statistic a mean of normal values.
     """
     value = float(statistic(np.arange(num_seeds)))
-    if num_seeds < 3:
-        return Estimate(value, math.nan, math.nan)
+    if num_seeds < MIN_SEEDS:
+        return Estimate(value)
     generator = np.random.default_rng(seed)
-    drawn = np.sort(statistic(generator.integers(num_seeds, size=(num_resamples, num_seeds))))
-    drawn = drawn[~np.isnan(drawn)]
-    if not drawn.size:
-        return Estimate(value, math.nan, math.nan)
-    low, high = (drawn[math.floor(q * (drawn.size - 1) + 0.5)] for q in (0.025, 0.975))
-    return Estimate(value, float(low), float(high))
+    drawn = statistic(generator.integers(num_seeds, size=(num_resamples, num_seeds)))
+    known = np.sort(drawn[~np.isnan(drawn)])
+    if not known.size:
+        return Estimate(value, None, drawn.size)
+    tail = normal_cdf(-math.sqrt(num_seeds / (num_seeds - 1)) * student(num_seeds))
+    low, high = (float(known[math.floor(q * (known.size - 1) + 0.5)]) for q in (tail, 1 - tail))
+    return Estimate(value, (low, high), drawn.size - known.size)
 
 
-def cost_ratio_interval(own: Curves, reference: Curves, share: float) -> Estimate:
+def normal_cdf(x: float) -> float:
+    return math.erfc(-x / math.sqrt(2)) / 2
+
+
+def cost_ratio_interval(own: Curves, reference: Curves, share: float) -> Ratio:
     """`cost_ratio` with its interval over seeds, paired: rows of `own` and `reference` are of the same seeds."""
     assert len(own.cost_ST) == len(reference.cost_ST)
 
@@ -106,4 +143,8 @@ def cost_ratio_interval(own: Curves, reference: Curves, share: float) -> Estimat
         drawn = [Curves(curves.cost_ST[seeds], curves.accuracy_ST[seeds]) for curves in (own, reference)]
         return cost_ratio(drawn[0], drawn[1], share)
 
-    return bootstrap(of, len(own.cost_ST))
+    estimate = bootstrap(of, len(own.cost_ST))
+    spent = float(own.cost_ST[:, -1].mean() / reference_cost(reference, share))
+    if not estimate.value > 0:
+        return Ratio(AT_THE_START, estimate, spent)
+    return Ratio(CENSORED if math.isinf(estimate.value) else REACHED, estimate, spent)

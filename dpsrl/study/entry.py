@@ -7,20 +7,21 @@ stopped, looked at and taken up again.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as Grid
 
 from dpsrl.exits import code_of
 from dpsrl.metrics import Record, write_summary
 from dpsrl.run_folder import RunFolder
 from dpsrl.selection.options import nearest
 from dpsrl.study.figures import draw
+from dpsrl.study.origin import check_origin
 from dpsrl.study.plan import Plan, read_plan
 from dpsrl.study.runs import make_runs, read_record
-from dpsrl.study.tables import Row, cells, fill, markdown, rows_of
+from dpsrl.study.tables import Table, cells, fill, markdown, tables_of
 from dpsrl.sweep import PLAIN, log_of
 from dpsrl.types import UserError
 
@@ -86,17 +87,20 @@ def study(asked: Asked, console: Console) -> int:
     plan = read_plan(asked.study, asked.only, asked.seeds)
     unfinished: dict[str, str] = {}
     whole = read_plan(asked.study)
+    for job in whole.jobs:  # before hours are spent on runs that could not be put beside the others
+        check_origin(asked.folder / job.name, job)
     published = published_records(whole)
     if asked.makes_runs:
         with RunFolder(asked.folder).lock():
-            unfinished = make_runs(plan, asked.folder, console, published if asked.takes_published else (), asked.lanes)
+            done = published if asked.takes_published else {}
+            unfinished = make_runs(plan, asked.folder, console, done, asked.lanes)
     own = {job.name: record for job in whole.jobs if (record := read_record(asked.folder, job))}
     both = published | own
     records = [both[job.name] for job in whole.jobs if job.name in both]
     if not (records or asked.makes_runs):
         raise UserError(f"{asked.folder} has no finished run, and docs/study/{plan.name}.json is not there: make some")
     if records:
-        tables = rows_of(whole, records)
+        tables = tables_of(whole, records)
         publish(whole, asked.folder, records, tables, unfinished)
         show(tables, console)
     for name, why in unfinished.items():
@@ -117,15 +121,15 @@ def published_records(plan: Plan) -> dict[str, Record]:
 
 
 def publish(
-    plan: Plan, folder: Path, records: list[Record], tables: dict[str, list[Row]], unfinished: dict[str, str]
+    plan: Plan, folder: Path, records: list[Record], tables: dict[str, Table], unfinished: dict[str, str]
 ) -> None:
     """summary.json and figures beside the runs, and, for a study that is published, in docs/ with the tables."""
-    content = {"study": plan.name, "unfinished": unfinished, "tables": tables, "records": records}
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in (folder / "summary.json", Path("runs/study/summary.json")):
+    about = {name: asdict(table) for name, table in tables.items()}
+    content = {"study": plan.name, "unfinished": unfinished, "tables": about, "records": records}
+    for path in [folder / "summary.json", *[Path("runs/study/summary.json")] * plan.publish]:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_summary(path, content)
-    text = "\n\n".join(f"## {name}\n\n{markdown(name, rows)}" for name, rows in tables.items() if rows)
+    text = "\n\n".join(f"## {name}\n\n{markdown(name, table)}" for name, table in tables.items() if table)
     (folder / "tables.md").write_text(text + "\n")
     draw(plan, records, tables, folder)
     if plan.publish:
@@ -144,15 +148,16 @@ def compact(plan: Plan, records: list[Record]) -> str:
     return f'{{"study": "{plan.name}", "records": [\n{lines}\n]}}\n'
 
 
-def show(tables: dict[str, list[Row]], console: Console) -> None:
-    for name, rows in tables.items():
-        if not rows:
-            continue
-        columns, filled = cells(name, rows)
-        table = Table("method", *columns, title=name, title_justify="left", box=None)
-        for row, line in zip(rows, filled, strict=True):
-            table.add_row(row["method"], *line)
-        console.print(table)
+def show(tables: dict[str, Table], console: Console) -> None:
+    for name, table in tables.items():
+        if table.rows:
+            columns, filled = cells(name, table.rows)
+            grid = Grid("method", *columns, title=name, title_justify="left", box=None)
+            for row, line in zip(table.rows, filled, strict=True):
+                grid.add_row(row["method"], *line)
+            console.print(grid)
+        for note in table.notes:
+            console.print(note, **PLAIN)
 
 
 def main(arguments: list[str]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +10,10 @@ import numpy as np
 
 from dpsrl import plots
 from dpsrl.metrics import Record
-from dpsrl.study.analysis import mean_interval
+from dpsrl.study.analysis import AT_THE_START, CENSORED, mean_interval
 from dpsrl.study.plan import Plan
-from dpsrl.study.tables import Row, Runs, runs_of
+from dpsrl.study.rows import Runs, compared, runs_of, same_cores
+from dpsrl.study.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +23,7 @@ OVER = {"step": "steps", "rollouts": "rollouts", "seconds": "seconds of training
 WIDTH, HEIGHT = 3.6, 2.9  # inches of a panel
 
 
-def draw(plan: Plan, records: Sequence[Record], tables: dict[str, list[Row]], folder: Path) -> None:
+def draw(plan: Plan, records: Sequence[Record], tables: dict[str, Table], folder: Path) -> None:
     """accuracy.svg, mixed.svg, calibration.svg and cost.svg into `folder`."""
     import matplotlib
 
@@ -46,14 +46,14 @@ def panels(num_rows: int, num_columns: int) -> tuple[Figure, np.ndarray]:
 
 
 def drawn(plan: Plan, records: Sequence[Record], setting: str) -> Iterator[tuple[str, Runs, dict[str, Any]]]:
-    """Each method that has runs, with its line's look: one look in all figures, the three that matter wider."""
+    """Each method that has runs, on the seeds that all have, with its line's look: one look in all figures, the three
+    that matter wider.
+    """
     everywhere = list(dict.fromkeys(method for methods in plan.methods_of.values() for method in methods))
-    for method in plan.methods_of[setting]:
-        runs = runs_of(records, setting, method)
-        if runs:
-            color, dash = plots.style_of(everywhere.index(method))
-            wide = method in (plan.reference, plan.ours, "uniform")
-            yield method, runs, {"color": color, "linestyle": dash, "linewidth": 2.4 if wide else 1.1, "label": method}
+    for method, runs in compared(records, setting, plan.methods_of[setting])[0].items():
+        color, dash = plots.style_of(everywhere.index(method))
+        wide = method in (plan.reference, plan.ours, "uniform")
+        yield method, runs, {"color": color, "linestyle": dash, "linewidth": 2.4 if wide else 1.1, "label": method}
 
 
 def legend(figure: Figure) -> None:
@@ -80,7 +80,9 @@ def accuracy(plan: Plan, records: Sequence[Record]) -> Figure:
     for row, setting in zip(grid, plan.methods_of):
         for axes, (key, words) in zip(row, OVER.items()):
             for _, runs, look in drawn(plan, records, setting):
-                curves = runs.curves(key, runs.seeds)
+                if key == "seconds" and not same_cores(runs, runs_of(records, setting, plan.reference)):
+                    continue
+                curves = runs.curves(key)
                 band(axes, curves.cost_ST.mean(axis=0), curves.accuracy_ST, look, "o")
             axes.set(
                 title=f"{setting}, over {key}s" if key == "step" else f"{setting}, over {key}",
@@ -114,7 +116,7 @@ def calibration(plan: Plan, records: Sequence[Record]) -> Figure:
     for axes, setting in zip(grid[0], plan.methods_of):
         axes.plot([0, 1], [0, 1], color="#BBBBBB", linewidth=1)
         for _, runs, look in drawn(plan, records, setting):
-            audits = [record["audit"] for record in runs.by_seed.values() if record["audit"]]
+            audits = [record["audit"]["all"] for record in runs.by_seed.values() if record["audit"]]
             if not audits:
                 continue
             num, predicted, mixed = (
@@ -130,23 +132,25 @@ def calibration(plan: Plan, records: Sequence[Record]) -> Figure:
     return figure
 
 
-def cost(plan: Plan, tables: dict[str, list[Row]]) -> Figure:
+def cost(plan: Plan, tables: dict[str, Table]) -> Figure:
     """Rollouts to the reference's final accuracy over the reference's; an arrow where all of them were too few."""
     figure, grid = panels(1, len(plan.methods_of))
     for axes, setting in zip(grid[0], plan.methods_of):
-        rows = [row for row in tables[f"{setting}/cost"] if row["seeds"]][::-1]
+        rows = [row for row in tables[f"{setting}/cost"].rows if row["seeds"]][::-1]
         for place, row in enumerate(rows):
-            value, low, high = (math.inf if number is None else number for number in row["rollouts/all"])
-            spent = row["rollouts/spent"]
-            reached = math.isfinite(value)
+            found = row["rollouts/all"]
+            if found["state"] == AT_THE_START:
+                continue
+            low, high = (found["spent"] if end is None else end for end in found["interval"] or [None, None])
             color = plots.RED if row["method"] == plan.ours else plots.BLUE
-            if reached and math.isfinite(low):
-                axes.plot([low, min(high, spent)], [place, place], color=color, linewidth=1.5)
-            axes.plot(
-                min(value, spent), place, "o" if reached else ">", color=color, fillstyle="full" if reached else "none"
-            )
+            if found["interval"]:
+                axes.plot([low, high], [place, place], color=color, linewidth=1.5)
+            if found["state"] == CENSORED:
+                axes.plot(found["spent"], place, ">", color=color, fillstyle="none")
+            else:
+                axes.plot(found["value"], place, "o", color=color)
         axes.axvline(1.0, color="#BBBBBB", linewidth=1)
         axes.set_yticks(range(len(rows)), [row["method"] for row in rows])
-        axes.set(title=setting, xlabel=f"over the rollouts of {plan.reference}", ylim=(-0.5, len(rows) - 0.5))
+        axes.set(title=setting, xlabel=f"over all rollouts of {plan.reference}", ylim=(-0.5, len(rows) - 0.5))
         axes.set_xlim(left=0)
     return figure

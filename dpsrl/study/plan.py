@@ -1,12 +1,14 @@
 """Which runs a study has: `configs/study/NAME.yaml` as a list of jobs, seeds outermost.
 
 Settings, methods, variants, seeds and steps are data there. Stopped at any moment, the runs made so far are balanced:
-every method has seed 0 before any has seed 1.
+every method has seed 0 before any has seed 1. Within a seed the order is drawn, the same each time, so that a machine
+that gets slower by the hour is not slower for the same methods.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -16,6 +18,7 @@ from dpsrl.selection.options import nearest
 from dpsrl.types import UserError
 
 TRAIN = "dpsrl.train"
+REFILLS = "selection.admission=mixed"
 KEYS = {"shared", "seeds", "reference", "ours", "publish", "methods", "programs", "settings", "ablations"}
 
 
@@ -36,11 +39,20 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """of: the method that it changes; beside: the method or variant that it is compared with."""
+
+    of: str
+    beside: str
+
+
+@dataclass(frozen=True)
 class Plan:
-    """A study. `methods_of`: the methods compared in each setting, in order; `ablations`: what varies -> variant -> the
-    method that it is a variant of, all in `ablated`, a setting.
+    """A study. `methods_of`: the methods compared in each setting, in order; `ablations`: what varies -> name ->
+    variant, all in `ablated`, a setting.
 
     reference: the method whose final accuracy the others are to reach; ours: the one that others are paired with.
+    refilling: methods that also choose after the rollouts, by leaving out groups that are not mixed.
     publish: whether docs/ are written too.
     """
 
@@ -50,8 +62,9 @@ class Plan:
     publish: bool
     methods_of: dict[str, list[str]]
     ablated: str
-    ablations: dict[str, dict[str, str]]
+    ablations: dict[str, dict[str, Variant]]
     jobs: list[Job]
+    refilling: frozenset[str] = field(default_factory=frozenset)
 
 
 def read_plan(name: str, only: dict[str, list[str]] | None = None, num_seeds: int | None = None) -> Plan:
@@ -86,24 +99,34 @@ def read_plan(name: str, only: dict[str, list[str]] | None = None, num_seeds: in
         for setting, method, overrides, own_seeds in rows
         if seed in own_seeds
     ]  # fmt: skip
+    refilling = frozenset(method for method, overrides in raw["methods"].items() if REFILLS in overrides)
     return Plan(
-        name, raw["reference"], raw["ours"], raw.get("publish", False), methods_of, ablated, ablations, jobs
+        name, raw["reference"], raw["ours"], raw.get("publish", False), methods_of, ablated, ablations,
+        sorted(jobs, key=drawn_place), refilling,
     )  # fmt: skip
 
 
-def read_ablations(raw: dict[str, Any]) -> tuple[str, dict[str, dict[str, str]], list[tuple]]:
-    """The setting, what varies -> variant -> its method, and (setting, variant, overrides, seeds) of each."""
+def drawn_place(job: Job) -> tuple[int, bytes]:
+    """By a hash, so that it does not depend on which other jobs there are."""
+    return job.seed, hashlib.sha256(job.name.encode()).digest()
+
+
+def read_ablations(raw: dict[str, Any]) -> tuple[str, dict[str, dict[str, Variant]], list[tuple]]:
+    """The setting, what varies -> name -> variant, and (setting, variant's name, overrides, seeds) of each."""
     about = raw.get("ablations")
     if not about:
         return "", {}, []
-    setting, seeds = about["setting"], [*range(about["seeds"])]
-    origin = {what: {name: v["of"] for name, v in variants.items()} for what, variants in about["varied"].items()}
+    setting, varied = about["setting"], about["varied"]
+    ablations = {
+        what: {name: Variant(v["of"], v.get("beside", v["of"])) for name, v in variants.items()}
+        for what, variants in varied.items()
+    }
     jobs = [
-        (setting, name, [*raw["methods"][variant["of"]], *variant["with"]], seeds)
-        for variants in about["varied"].values()
+        (setting, name, [*raw["methods"][variant["of"]], *variant["with"]], [*range(about["seeds"][what])])
+        for what, variants in varied.items()
         for name, variant in variants.items()
     ]
-    return setting, origin, jobs
+    return setting, ablations, jobs
 
 
 def is_wanted(row: tuple, only: dict[str, list[str]]) -> bool:

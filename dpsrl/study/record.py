@@ -1,65 +1,73 @@
 """What a study keeps of a run: one small JSON object, from its folder.
 
 `curve` has a value for each evaluation: step, accuracy, and what training had cost by then, in rollouts, seconds and
-generated tokens. Seconds are those of the steps, without start-up, evaluations and checkpoints.
+generated tokens. Seconds are those of the steps, without start-up, evaluations and checkpoints. `whole_batches` are the
+rollouts of a sampler that asks for whole batches alone: what each step generated, rounded up to batches.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dpsrl.metrics import EVAL_KEY, Record, read_lines
-from dpsrl.report.history import calibration, read_history
+from dpsrl.report.history import History, calibration, read_history
 from dpsrl.run_folder import RunFolder
 
 NUM_BINS = 10
 NOT_TRAINING = ("time/eval_s", "time/checkpoint_s")
 
 
-def record_of(run_dir: Path) -> dict[str, Any]:
-    """Of a finished run whose last checkpoint is still there, where the judged predictions are."""
+def record_of(run_dir: Path, batch_rollouts: int) -> dict[str, Any]:
+    """Of a finished run whose last checkpoint is still there, where the judged predictions are.
+
+    batch_rollouts: in a whole batch.
+    """
     folder = RunFolder(run_dir)
     records, _ = read_lines(folder.metrics)
     summary = json.loads(folder.summary.read_text())
     last = records[-1]
     steps = [record for record in records if record["step"] > 0]
-    *_, (_, num_tokens) = generated(records)
+    history = read_history(folder.groups)
+    *_, (_, num_tokens, _) = generated(records, batch_rollouts)
     return {
         "measure": next(iter(summary["eval_measure"].values())),
         "steps": summary["steps"],
         "num_rollouts": summary["num_rollouts"],
         "wall_s": round(summary["wall_s"], 1),
         "num_restarts": summary.get("num_restarts", 0),
-        "curve": curve(records),
+        "curve": curve(records, batch_rollouts),
         "mixed_share": summary["mixed_share"],
         "mixed_T": [round(record["selection/mixed_share"], 4) for record in steps if "selection/mixed_share" in record],
         "response_tokens": num_tokens / summary["num_rollouts"],
         "coverage": last.get("selection/coverage"),
+        "coverage_chosen": chosen_coverage(history, last),
         "uses_max": last.get("selection/uses_max"),
-        "num_short": sum(record.get("selection/num_short", 0) for record in steps),
+        "short_steps": sum(record.get("selection/num_short", 0) > 0 for record in steps),
         "num_missing": sum(record.get("rollout/num_missing", 0) for record in steps),
         "seconds": {name: total(steps, f"time/{name}_s") for name in ("generate", "train", "sync", "eval")},
         "select_ms": mean(steps, "time/select_ms"),
-        "selected": judged_selected(folder.groups),
+        "selected": judged_selected(history),
         "audit": judged_audit(folder),
     }
 
 
-def curve(records: list[Record]) -> dict[str, list[float]]:
-    """step, accuracy, rollouts, seconds and tokens at each evaluation of the first benchmark."""
+def curve(records: list[Record], batch_rollouts: int) -> dict[str, list[float]]:
+    """step, accuracy, and each cost until then, at each evaluation of the first benchmark."""
     key = next(name for record in records for name in record if is_average(name))
     points, seconds = [], 0.0
-    for record, (rollouts, tokens) in zip(records, generated(records), strict=True):
+    for record, (rollouts, tokens, whole) in zip(records, generated(records, batch_rollouts), strict=True):
         if record["step"] > 0:
             seconds += record["time/step_s"] - sum(record.get(name, 0.0) for name in NOT_TRAINING)
         if key in record:
-            points.append((record["step"], record[key], rollouts, round(seconds, 3), round(tokens)))
-    names = ("step", "accuracy", "rollouts", "seconds", "tokens")
+            points.append((record["step"], record[key], rollouts, round(seconds, 3), round(tokens), whole))
+    names = ("step", "accuracy", "rollouts", "seconds", "tokens", "whole_batches")
     return {name: list(values) for name, values in zip(names, zip(*points))}
 
 
@@ -77,25 +85,34 @@ def mean(steps: list[Record], key: str) -> float | None:
     return round(sum(values) / len(values), 3) if values else None
 
 
-def generated(records: list[Record]) -> Iterator[tuple[float, float]]:
-    """Rollouts and their tokens, of all steps up to each record."""
-    rollouts, tokens = 0.0, 0.0
+def generated(records: list[Record], batch_rollouts: int) -> Iterator[tuple[float, float, int]]:
+    """Rollouts, their tokens, and rollouts in whole batches, of all steps up to each record."""
+    rollouts, tokens, num_batches = 0.0, 0.0, 0
     for record in records:
         before, rollouts = rollouts, record.get("rollout/num_rollouts", rollouts)
         tokens += (rollouts - before) * record.get("rollout/response_tokens", 0.0)
-        yield rollouts, tokens
+        num_batches += math.ceil((rollouts - before) / batch_rollouts)
+        yield rollouts, tokens, num_batches * batch_rollouts
 
 
-def judged_selected(groups: Path) -> dict[str, float] | None:
-    """Brier score and calibration error over all groups that were rolled out; None without predictions."""
-    found = calibration(read_history(groups)) if groups.exists() else None
+def chosen_coverage(history: History, last: Record) -> float | None:
+    """Share of the prompts that the method itself chose at least once; None where that was not written down."""
+    num_prompts = sum(value for name, value in last.items() if name.startswith("selection/occupancy/"))
+    num_chosen = np.unique(history.prompt_G[~history.audited_G]).size
+    return num_chosen / num_prompts if num_prompts else None
+
+
+def judged_selected(history: History) -> dict[str, float] | None:
+    """Brier score and calibration error over the groups that the method chose; None without predictions."""
+    found = calibration(replace(history, predicted_G=np.where(history.audited_G, math.nan, history.predicted_G)))
     if found is None:
         return None
     return {"brier": found.brier, "base_brier": found.base_brier, "calibration_error": found.error}
 
 
 def judged_audit(folder: RunFolder) -> dict[str, Any] | None:
-    """Of the prompts that were drawn at random: sums that can be added up over runs. None where none was drawn.
+    """Of the prompts that were drawn at random, `all` and those `seen`, which had been scored before: sums that can be
+    added up over runs. None where none was drawn.
 
     `num_K`, `predicted_K`, `mixed_K`: groups, and sums of predictions and of mixed ones, in NUM_BINS equal ranges of
     the prediction. `alarms`: groups whose likeliest state was *partial*; `hits`: of those, mixed ones; `mixed`: all
@@ -105,9 +122,12 @@ def judged_audit(folder: RunFolder) -> dict[str, Any] | None:
     path = newest[0] / "controller/audit.judged.npy" if newest else None
     if path is None or not path.exists():
         return None
-    predicted_A, mixed_A, likeliest_A = np.load(path).T
-    if not predicted_A.size:
-        return None
+    judged_A4 = np.load(path)
+    return {"all": sums_of(judged_A4), "seen": sums_of(judged_A4[judged_A4[:, 3] > 0])} if judged_A4.size else None
+
+
+def sums_of(judged_A4: np.ndarray) -> dict[str, Any]:
+    predicted_A, mixed_A, likeliest_A, _ = judged_A4.T
     bin_A = np.minimum((predicted_A * NUM_BINS).astype(int), NUM_BINS - 1)
     return {
         "num_K": np.bincount(bin_A, minlength=NUM_BINS).tolist(),

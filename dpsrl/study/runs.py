@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Container
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -19,8 +19,8 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from dpsrl.config import load_config
 from dpsrl.metrics import Record, write_summary
+from dpsrl.study.origin import check_origin, claim, code_version, job_file, setups_of
 from dpsrl.study.plan import Job, Plan
 from dpsrl.study.record import record_of
 from dpsrl.sweep import PLAIN, Runs, is_finished, log_of, run_one
@@ -30,27 +30,30 @@ HOUR_S = 3600.0
 
 
 def read_record(folder: Path, job: Job) -> Record | None:
-    """What was kept of a finished run, None where there is none; UserError where it was made with other settings."""
+    """What was kept of a finished run, None where there is none."""
     path = folder / job.name / "record.json"
-    if not path.is_file():
-        return None
-    record = json.loads(path.read_text())
-    if record["arguments"] != job.arguments:
-        changed = sorted(set(record["arguments"]) ^ set(job.arguments))
-        raise UserError(
-            f"{path.parent} was made with other settings ({', '.join(changed)}): remove it to have it made again, or "
-            "name another folder by out="
-        )
-    return record
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
-def make_runs(plan: Plan, folder: Path, console: Console, done: Container[str] = (), lanes: int = 1) -> dict[str, str]:
-    """By name, why runs are not finished. done: names of jobs that need no run; lanes: how many are under way at once,
-    each on cores of its own.
+def make_runs(
+    plan: Plan, folder: Path, console: Console, done: Mapping[str, Record] | None = None, lanes: int = 1
+) -> dict[str, str]:
+    """By name, why runs are not finished. done: by name, records of runs that need not be made, unless they are of
+    another configuration; lanes: how many are under way at once, each on cores of its own.
+
+    UserError, before any is started, where a run would be refused, or a folder has one that is not this plan's.
     """
-    missing = [job for job in plan.jobs if read_record(folder, job) is None and job.name not in done]
+    setups, commit = setups_of(plan.jobs), code_version()
+    for job in plan.jobs:
+        check_origin(folder / job.name, job, setups[job.setting, job.method])
+    taken = {
+        job.name
+        for job in plan.jobs
+        if done and job.name in done
+        and done[job.name]["configuration"] == setups[job.setting, job.method].configuration
+    }  # fmt: skip
+    missing = [job for job in plan.jobs if read_record(folder, job) is None and job.name not in taken]
     console.print(f"{plan.name}: {len(plan.jobs)} runs, {len(missing)} to be made, in {folder}", **PLAIN)
-    check(missing)
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
         TimeRemainingColumn(),
@@ -60,10 +63,16 @@ def make_runs(plan: Plan, folder: Path, console: Console, done: Container[str] =
 
         def one(place: int, job: Job) -> str:
             progress.update(bar, description=job.name)
-            busy_share = busy_share_here()
-            state = make_run(runs, job, folder, console, f"[{place}/{len(missing)}] {job.name}")
-            if state == "finished":
-                keep(folder / job.name, job, busy_share)
+            run_dir, busy_share, label = folder / job.name, busy_share_here(), f"[{place}/{len(missing)}] {job.name}"
+            try:
+                claim(run_dir, job, setups[job.setting, job.method], commit)
+                command = [sys.executable, "-m", job.program, *job.arguments]
+                state = run_one(runs, command, run_dir, console, label)
+                if state == "finished":
+                    keep(run_dir, job, busy_share)
+            except Exception as error:  # of one run: the others go on
+                state = f"failed: {type(error).__name__}: {error}"
+                console.print(f"{label}: {state}", **PLAIN)
             progress.advance(bar)
             return state
 
@@ -100,28 +109,17 @@ def busy_share_here() -> float:
     return sum(percent[core] for core in cores) / len(cores) / 100
 
 
-def check(jobs: list[Job]) -> None:
-    """UserError where a run would be refused; of runs that differ in their seed alone, one is asked."""
-    for job in {(job.setting, job.method): job for job in jobs}.values():
-        load_config(job.arguments)
-
-
-def make_run(runs: Runs, job: Job, folder: Path, console: Console, label: str) -> str:
-    run_dir = folder / job.name
-    run_dir.parent.mkdir(parents=True, exist_ok=True)
-    return run_one(runs, [sys.executable, "-m", job.program, *job.arguments], run_dir, console, label)
-
-
 def keep(run_dir: Path, job: Job, busy_share: float) -> None:
     """Writes the record, then removes what it makes needless.
 
     busy_share: of its cores, what others used just before the run: its seconds are worth little where that is much.
     """
     assert is_finished(run_dir)
+    origin = json.loads(job_file(run_dir).read_text())
     record = {
-        "setting": job.setting, "method": job.method, "seed": job.seed, "arguments": job.arguments,
+        "setting": job.setting, "method": job.method, "seed": job.seed, **origin,
         "num_cores": len(os.sched_getaffinity(0)), "busy_share": round(busy_share, 3),
-    } | record_of(run_dir)  # fmt: skip
+    } | record_of(run_dir, origin["batch"] * origin["group_size"])  # fmt: skip
     write_summary(run_dir / "record.json", record)
     for name in ("checkpoints", "logs"):
         shutil.rmtree(run_dir / name, ignore_errors=True)

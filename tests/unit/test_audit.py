@@ -13,11 +13,11 @@ def test_calibration_error_by_hand():
 
 def test_figures_begin_with_enough_groups_and_look_back_a_window():
     audit = Audit(4, seed=0)
-    audit.record(np.full(MIN_GROUPS - 1, 0.5), *np.zeros((2, MIN_GROUPS - 1)))
+    audit.record(np.full(MIN_GROUPS - 1, 0.5), *np.zeros((3, MIN_GROUPS - 1)))
     assert audit.metrics() == {}
-    audit.record(np.array([0.5]), np.array([0.0]), np.array([1.0]))
+    audit.record(np.array([0.5]), np.array([0.0]), np.array([1.0]), np.array([1.0]))
     assert audit.metrics()["selection/audit_brier"] == pytest.approx(0.25)
-    audit.record(*np.ones((3, WINDOW)))
+    audit.record(*np.ones((4, WINDOW)))
     assert audit.metrics() == pytest.approx(
         {"selection/audit_brier": 0, "selection/audit_calibration": 0, "selection/audit_mixed_share": 1}
     )

@@ -376,6 +376,20 @@ def test_audited_prompts_are_drawn_from_all_and_judged_apart():
     assert metrics["selection/mixed_share"] > 0.5
 
 
+def test_what_is_audited_is_told_and_so_is_what_had_been_scored_before():
+    controller = Controller([f"p{i}" for i in range(30)], 10, {"method": "dps"}, 8, seed=0, num_audit=4)
+    scored, expected = set(), []
+    for _ in range(40):
+        ids = [index for index, _ in controller.select()]
+        controller.admit([Outcome(index, 4, 8 if index % 3 else 4) for index in ids])
+        assert controller.audited(ids) == [False] * 6 + [True] * 4
+        controller.observe()
+        expected += [index in scored for index in sorted(ids[-4:])]
+        scored |= set(ids)
+    seen = controller.state_dict()["audit.judged"][:, 3]
+    assert seen.tolist() == expected and 0 < sum(expected) < len(expected)
+
+
 def test_an_anchor_pass_is_known_before_the_first_step():
     controller = build(num_prompts=40, batch=10)
     controller.anchor(np.arange(40), np.where(np.arange(40) < 10, 4, 0), np.full(40, 8))

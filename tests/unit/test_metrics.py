@@ -147,12 +147,12 @@ def test_a_group_line_counts_scored_rollouts_only(tmp_path):
     scores = [Score(1.0, True), None, Score(0.0, False), Score(1.0, True)]
     group = Group(3, "9f2c", np.array([1, 2], np.int32), rollouts, scores)
     counts = OutcomeRule().counts(group.rewards_G)
-    log.write(4, group, counts, admitted=True, predicted=np.float64(0.625))
-    log.write(4, group, counts, admitted=False, predicted=None)
+    log.write(4, group, counts, admitted=True, audited=True, predicted=np.float64(0.625))
+    log.write(4, group, counts, admitted=False, audited=False, predicted=None)
     common = {"step": 4, "prompt_id": "9f2c", "policy_version": 7, "num_solved": 2, "num_rollouts": 3}
     assert lines_of(tmp_path / "groups.jsonl") == [
-        common | {"admitted": True, "predicted": 0.625},
-        common | {"admitted": False, "predicted": None},
+        common | {"admitted": True, "audited": True, "predicted": 0.625},
+        common | {"admitted": False, "audited": False, "predicted": None},
     ]
 
 

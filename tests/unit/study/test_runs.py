@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from dpsrl.study import entry
+from dpsrl.config import load_config
+from dpsrl.study import entry, origin, runs
+from dpsrl.study.origin import code_version, setups_of
 from dpsrl.study.plan import Job, Plan, read_plan
-from dpsrl.study.runs import check, make_runs, read_record
+from dpsrl.study.runs import make_runs, read_record
 from dpsrl.types import UserError
 
 STAND_IN = """
@@ -29,7 +31,8 @@ if keys["selection"] == "dps" and keys["seed"] == "0" and not pathlib.Path("mend
 (folder / "checkpoints").mkdir(parents=True)
 from dpsrl.checkpoint import write_checkpoint
 write_checkpoint(folder / "checkpoints/step_2", {"controller": lambda to: np.save(
-    to / "audit.judged.npy", np.array([[0.9, 1, 1], [0.8, 0, 1], [0.1, 1, 0], [0.1, 0, 0]]))}, 2, 1, None, {})
+    to / "audit.judged.npy", np.array([[0.9, 1, 1, 1], [0.8, 0, 1, 0], [0.1, 1, 0, 0], [0.1, 0, 0, 1]]))},
+    2, 1, None, {})
 records = [
     {"step": 0, "eval/countdown/avg@4": 0.2, "eval/countdown/pass@4": 0.9, "time/start_s": 9.0, "time/eval_s": 3.0},
     {"step": 1, "rollout/num_rollouts": 100, "rollout/response_tokens": 10.0, "selection/mixed_share": 0.5,
@@ -37,8 +40,16 @@ records = [
      "time/train_s": 1.0},
     {"step": 2, "eval/countdown/avg@4": 0.4, "rollout/num_rollouts": 400, "rollout/response_tokens": 20.0,
      "selection/mixed_share": 0.25, "selection/coverage": 0.2, "selection/uses_max": 2, "time/step_s": 8.0,
-     "time/eval_s": 3.0, "time/checkpoint_s": 1.0, "time/select_ms": 2.0, "time/train_s": 1.5},
+     "time/eval_s": 3.0, "time/checkpoint_s": 1.0, "time/select_ms": 2.0, "time/train_s": 1.5,
+     "selection/num_short": 3, "selection/occupancy/unseen": 6, "selection/occupancy/partial": 4},
 ]
+groups = [
+    {"step": step, "prompt_id": prompt, "policy_version": step, "num_solved": solved, "num_rollouts": 4,
+     "admitted": True, "audited": audited, "predicted": predicted}
+    for step, prompt, solved, audited, predicted in [
+        (1, "a", 2, False, 0.75), (1, "b", 0, False, 0.5), (1, "c", 0, True, 1.0), (2, "a", 4, False, 0.5)]
+]
+(folder / "groups.jsonl").write_text("".join(json.dumps(group) + chr(10) for group in groups))
 (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + chr(10) for record in records))
 (folder / "report.html").write_text("a page")
 from dpsrl.metrics import summarize
@@ -81,7 +92,7 @@ def test_one_run_fails_the_others_are_made_and_it_is_taken_up_again(folder, tmp_
     assert [(r["method"], r["seed"]) for r in records] == [("uniform", 0), ("uniform", 1), ("dps", 1)]
     assert (folder / "easy/dps/seed_0.log").read_text().strip() == "dpsrl: it is [broken]"
     left = sorted(path.name for path in (folder / "easy/uniform/seed_0").iterdir())
-    assert left == ["metrics.jsonl", "record.json", "summary.json"]
+    assert left == ["groups.jsonl", "metrics.jsonl", "record.json", "summary.json"]
 
     (tmp_path / "mended").touch()
     records, unfinished = made(made_plan(), folder)
@@ -112,7 +123,7 @@ def test_a_finished_run_that_was_not_yet_read_is_read(folder, tmp_path):
     records, unfinished = made(plan, folder)
     assert len((tmp_path / "started").read_text().split()) == 4 and unfinished == {} and record.exists()
     # its checkpoint was gone by then, and with it what was judged
-    assert records[0]["audit"] is None and records[1]["audit"]["alarms"] == 2
+    assert records[0]["audit"] is None and records[1]["audit"]["all"]["alarms"] == 2
 
 
 @pytest.mark.process
@@ -126,19 +137,94 @@ def test_other_settings_in_the_same_folder_are_refused(folder, tmp_path):
 
 
 @pytest.mark.process
+def test_a_run_that_was_stopped_is_not_taken_up_with_other_settings(folder, tmp_path):
+    """Neither with other arguments, nor where a default has changed, nor without a word on what it was."""
+    make_runs(made_plan(), folder, quiet())
+    job, run_dir = made_plan().jobs[1], folder / "easy/dps/seed_0"
+    longer = replace(made_plan(), jobs=[made_plan("train.steps=3").jobs[1]])
+    assert read_record(folder, job) is None
+    run_dir.mkdir()
+    (run_dir / "config.yaml").touch()
+    said = json.loads(origin.job_file(run_dir).read_text())
+    assert said["arguments"] == job.arguments and said["commits"] == [code_version()] * (code_version() is not None)
+    with pytest.raises(UserError, match=re.escape("easy/dps/seed_0 was made with other settings (train.steps=3)")):
+        make_runs(longer, folder, quiet())
+    origin.job_file(run_dir).write_text(json.dumps(said | {"configuration": "of yesterday"}))
+    with pytest.raises(UserError, match="dps/seed_0 was made with these arguments when they meant another conf"):
+        make_runs(made_plan(), folder, quiet())
+    origin.job_file(run_dir).unlink()
+    with pytest.raises(UserError, match=r"dps/seed_0 holds a run, but .*job.json does not say of what: remove it"):
+        make_runs(made_plan(), folder, quiet())
+    assert (tmp_path / "started").read_text().split() == ["uniform0", "dps0", "uniform1", "dps1"]
+
+
+@pytest.mark.process
+def test_other_code_is_written_down_and_told_of(folder, tmp_path, monkeypatch):
+    plan = made_plan()
+    for commit in ("0ddba11", "badc0de"):  # the run that failed under the first goes on under the second
+        monkeypatch.setattr(runs, "code_version", lambda commit=commit: commit)
+        make_runs(plan, folder, quiet())
+        (tmp_path / "mended").touch()
+    assert [read_record(folder, job)["commits"] for job in plan.jobs] == [
+        ["0ddba11"], ["badc0de"], ["0ddba11"], ["0ddba11"],
+    ]  # fmt: skip
+
+
+def test_a_configuration_is_the_same_wherever_the_code_lies_and_whatever_the_seed(monkeypatch, tmp_path):
+    first, _, other_seed, _ = made_plan().jobs
+    assert origin.setup_of(first) == origin.setup_of(other_seed) != origin.setup_of(made_plan("train.steps=3").jobs[0])
+    before = origin.setup_of(first)
+    monkeypatch.setattr(origin, "PACKAGE_DIR", tmp_path)
+    assert origin.setup_of(first) != before  # the path was in it
+
+
+@pytest.mark.process
+def test_a_run_that_cannot_be_kept_has_failed_and_the_others_go_on(folder, tmp_path, monkeypatch):
+    (tmp_path / "mended").touch()
+    keep = runs.keep
+
+    def broken(run_dir, job, busy_share):
+        if job.method == "uniform" and job.seed == 0:
+            raise KeyError("eval/countdown/avg@4")
+        keep(run_dir, job, busy_share)
+
+    monkeypatch.setattr(runs, "keep", broken)
+    records, unfinished = made(made_plan(), folder)
+    assert unfinished == {"easy/uniform/seed_0": "failed: KeyError: 'eval/countdown/avg@4'"} and len(records) == 3
+    monkeypatch.setattr(runs, "keep", keep)
+    assert made(made_plan(), folder)[1] == {} and len((tmp_path / "started").read_text().split()) == 4
+
+
+@pytest.mark.process
+def test_what_belongs_to_another_plan_is_refused_before_hours_are_spent(folder, tmp_path, monkeypatch, capsys):
+    """Also where a part of the plan is asked for, which has no such folder."""
+    (tmp_path / "mended").touch()
+    make_runs(made_plan(), folder, quiet())
+    whole = made_plan("train.steps=3")
+    part = replace(whole, jobs=[replace(whole.jobs[0], seed=7)])
+    monkeypatch.setattr(entry, "read_plan", lambda name, *filters: part if filters else whole)
+    assert entry.main(["study=made", f"out={folder}"]) == 2
+    assert "was made with other settings" in capsys.readouterr().err
+    assert len((tmp_path / "started").read_text().split()) == 4
+
+
+@pytest.mark.process
 def test_the_command_ends_with_a_summary_tables_and_figures(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(entry, "read_plan", lambda *_: made_plan())
     assert entry.main(["study=made", f"out={folder}"]) == 1
     printed = capsys.readouterr().out
     assert "easy/dps/seed_0: failed: dpsrl: it is [broken]" in printed and "3 of 4 runs" in printed
     summary = json.loads((folder / "summary.json").read_text())
-    assert json.loads((tmp_path / "runs/study/summary.json").read_text()) == summary
+    assert not (tmp_path / "runs/study/summary.json").exists()  # the place of a study that is published
     assert len(summary["records"]) == 3 and summary["unfinished"] == {
         "easy/dps/seed_0": "failed: dpsrl: it is [broken]"
     }
-    (row,) = [row for row in summary["tables"]["easy/cost"] if row["method"] == "dps"]
-    assert row["seeds"] == 1 and row["rollouts/all"] == [1.0, None, None]
-    assert "| `uniform` | 2 |" in (folder / "tables.md").read_text()
+    (row,) = [row for row in summary["tables"]["easy/cost"]["rows"] if row["method"] == "dps"]
+    assert row["seeds"] == 1 and row["rollouts/all"] == {
+        "state": "reached", "spent": 1.0, "value": 1.0, "interval": None, "dropped": 0,
+    }  # fmt: skip
+    text = (folder / "tables.md").read_text()
+    assert "| `uniform` | 1 |" in text and "Over the 1 of 2 seeds that all methods have; `dps` has fewer." in text
     assert {path.name for path in folder.glob("*.svg")} == {"accuracy.svg", "mixed.svg", "calibration.svg", "cost.svg"}
     (tmp_path / "mended").touch()
     assert entry.main(["study=made", f"out={folder}"]) == 0
@@ -153,6 +239,7 @@ def test_what_is_published_is_taken_over_and_never_lost(folder, tmp_path, monkey
     assert entry.main(["study=made", f"out={folder}"]) == 0
     docs = tmp_path / "docs/study/made.json"
     before = docs.read_text()
+    assert (tmp_path / "runs/study/summary.json").read_text() == (folder / "summary.json").read_text()
     (tmp_path / "started").unlink()
     assert entry.main(["study=made", "out=elsewhere", "published=yes"]) == 0
     assert not (tmp_path / "started").exists() and docs.read_text() == before
@@ -168,18 +255,22 @@ def test_what_is_published_is_taken_over_and_never_lost(folder, tmp_path, monkey
 @pytest.mark.process
 def test_a_record_by_hand(folder, tmp_path):
     (tmp_path / "mended").touch()
-    (job, *_) = made_plan().jobs
+    (job, *_) = made_plan("train.batch=16", "rollout.num_rollouts=4").jobs
     make_runs(Plan("made", "uniform", "dps", False, {"easy": METHODS}, "", {}, [job]), folder, quiet())
     record = read_record(folder, job)
     assert record["curve"] == {
         "step": [0, 2], "accuracy": [0.2, 0.4], "rollouts": [0, 400], "seconds": [0.0, 6.0],  # 2 + 8 - 3 - 1
         "tokens": [0, 7000],  # 100 x 10 + 300 x 20
+        "whole_batches": [0, 448],  # of 64: two for 100, five for 300
     }  # fmt: skip
     assert record["response_tokens"] == 17.5 and record["select_ms"] == 3.0 and record["coverage"] == 0.2
     assert record["mixed_share"] == pytest.approx((100 * 0.5 + 300 * 0.25) / 400) and record["mixed_T"] == [0.5, 0.25]
-    assert record["seconds"] == {"generate": 0, "train": 2.5, "sync": 0, "eval": 3.0} and record["selected"] is None
-    audit = record["audit"]
+    assert record["seconds"] == {"generate": 0, "train": 2.5, "sync": 0, "eval": 3.0} and record["short_steps"] == 1
+    assert record["coverage_chosen"] == 0.2  # a and b of ten; c was audited
+    assert record["selected"]["brier"] == pytest.approx((0.25**2 + 0.5**2 + 0.5**2) / 3)
+    audit, seen = record["audit"]["all"], record["audit"]["seen"]
     assert (audit["alarms"], audit["hits"], audit["mixed"]) == (2, 1, 2)
+    assert (seen["alarms"], seen["hits"], seen["mixed"], sum(seen["num_K"])) == (1, 1, 1, 2)
     assert audit["squared_error"] == pytest.approx(0.01 + 0.64 + 0.81 + 0.01)
     assert audit["num_K"] == [0, 2, 0, 0, 0, 0, 0, 0, 1, 1] and audit["mixed_K"] == [0, 1, 0, 0, 0, 0, 0, 0, 0, 1]
 
@@ -195,13 +286,31 @@ def test_a_plan_is_balanced_and_names_each_run_once(name):
     made = {(job.setting, job.method) for job in plan.jobs}
     assert {(s, m) for s, methods in plan.methods_of.items() for m in methods} <= made
     assert {(plan.ablated, name) for variants in plan.ablations.values() for name in variants} <= made
+    seeds = {name: sum(job.setting == plan.ablated and job.method == name for job in plan.jobs) for _, name in made}
+    for variants in plan.ablations.values():
+        assert len({seeds[name] for name in variants}) == 1
+        assert all(seeds[variant.beside] >= seeds[name] for name, variant in variants.items())
+
+
+def test_the_order_within_a_seed_is_drawn_anew_for_each_and_the_same_each_time():
+    plan, part = read_plan("main"), read_plan("main", {"settings": ["hard"]}, 3)
+    assert [job.name for job in plan.jobs] == [job.name for job in read_plan("main").jobs]
+    assert [job.name for job in part.jobs] == [j.name for j in plan.jobs if j.setting == "hard" and j.seed < 3]
+    orders = [[job.method for job in plan.jobs if job.setting == "hard" and job.seed == seed] for seed in range(8)]
+    assert len({tuple(order) for order in orders}) == 8 and len({order[0] for order in orders}) > 3
+
+
+def test_one_prompt_of_a_step_is_audited():
+    for name in ("main", "smoke"):
+        config = load_config(read_plan(name).jobs[0].arguments)
+        assert config.selection.audit_share * config.train.batch == 1
 
 
 def test_a_part_of_a_plan():
     plan = read_plan("main", {"settings": ["hard"], "methods": ["dps", "uniform"]}, 2)
-    assert [job.name for job in plan.jobs] == [
-        "hard/uniform/seed_0", "hard/dps/seed_0", "hard/uniform/seed_1", "hard/dps/seed_1",
-    ]  # fmt: skip
+    names = [{job.name for job in plan.jobs if job.seed == seed} for seed in (0, 1)]
+    assert names == [{f"hard/{method}/seed_{seed}" for method in ("uniform", "dps")} for seed in (0, 1)]
+    assert len(plan.jobs) == 4
 
 
 @pytest.mark.parametrize(
@@ -225,4 +334,4 @@ def test_refused_before_anything_starts(arguments, words, tmp_path, monkeypatch,
 @pytest.mark.process
 @pytest.mark.parametrize("name", ["main", "smoke"])
 def test_every_run_of_a_plan_would_be_accepted(name):
-    check(read_plan(name).jobs)
+    setups_of(read_plan(name).jobs)
