@@ -362,9 +362,11 @@ def _drop_options_of_another_method(raw: Any, overrides: list[str], set_keys: se
     of_recipe = compose(entry, overrides=[text for text in overrides if text not in choices]).selection
     if of_recipe.method == raw.selection.method:
         return
-    kept = {".".join(name.split(".")[:2]) for name in set_keys} | {f"selection.{name}" for name in CONTROLLER_KEYS}
-    for name, value in (vars(SelectionConfig()) | preset).items():
-        if name != "method" and f"selection.{name}" not in kept:
+    kept = set_keys | {f"selection.{name}" for name in ("method", *CONTROLLER_KEYS)}
+    given = {name.split(".")[2] for name in set_keys if name.startswith(f"{OWN_OPTIONS}.")}
+    own = {"options": {name: raw.selection.options[name] for name in given}}
+    for name, value in (vars(SelectionConfig()) | preset | own).items():
+        if f"selection.{name}" not in kept:
             raw.selection[name] = value
 
 

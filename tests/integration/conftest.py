@@ -95,8 +95,15 @@ def descendants(process: subprocess.Popen) -> list[psutil.Process]:
 
 
 def left_of(processes: list[psutil.Process], within_s: float = 30.0) -> list[psutil.Process]:
-    """Those that are alive after that time."""
-    return psutil.wait_procs(processes, timeout=within_s)[1]
+    """Those that are alive after that time; dead ones may still wait for init to take note of it."""
+    return [process for process in psutil.wait_procs(processes, timeout=within_s)[1] if is_alive(process)]
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.fixture(scope="session")
