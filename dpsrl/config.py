@@ -419,15 +419,13 @@ def parse_override(argument: str) -> Any:
 
 def as_read(argument: str) -> str:
     """The argument with its value in quotes where only so it can be read, and the key is a text: a path, say."""
-    name, sign, value = argument.partition("=")
-    types = {name: item.type for name, item in schema_keys()}
-    if not sign or types.get(name) not in ("str", str):
-        return argument
     try:
         OverridesParser.create().parse_override(argument)
+        return argument
     except HydraException:
-        return f"{name}={quoted(value)}"
-    return argument
+        name, sign, value = argument.partition("=")
+        is_text = any(known == name and item.type in ("str", str) for known, item in schema_keys())
+        return f"{name}={quoted(value)}" if sign and is_text else argument
 
 
 def quoted(value: str) -> str:

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 from datasets import load_dataset
-from datasets.exceptions import DatasetNotFoundError
 
 from dpsrl.data.files import first_line
 from dpsrl.rewards.answers import final_answers
@@ -32,7 +31,7 @@ def main(folder: Path) -> None:
     for stem, (name, configuration, split, problem, answer) in SOURCES.items():
         try:
             rows = load_dataset(name, configuration, split=split)
-        except (OSError, DatasetNotFoundError) as error:  # ConnectionError and the hub's own are among them
+        except OSError as error:  # ConnectionError and the hub's own are among them
             sys.exit(f"{name} cannot be loaded from the hub ({first_line(error)}): see to the network, or set HF_TOKEN")
         with (folder / f"{stem}.jsonl").open("w") as file:
             for row in rows:
