@@ -8,7 +8,7 @@ nothing is downloaded. On a CPU (--device cpu) it runs everything at toy sizes, 
                 rollouts packed and padded, time against time
     sync        GB/s of a model's weights from GPU to GPU memory and to the host
     posterior   one dense step of the beliefs of ten million prompts beside copying their bytes, and the selector's own
-    runs        quickstart, and steps of the math recipe with models of these shapes, where vLLM is installed
+    quickstart, math_0.5B, math_1.5B    whole runs, where vLLM is installed: steps of the math recipe with these shapes
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -262,37 +263,37 @@ def check_posterior(device: torch.device, folder: Path) -> dict:
     }
 
 
-def check_runs(device: torch.device, folder: Path) -> dict:
-    """Whole runs on one GPU, engine and trainer in turns; their metrics of the last step."""
-    missing = [name for name in ("vllm", "ray", "deepspeed") if importlib.util.find_spec(name) is None]
+def check_run(name: str, device: torch.device, folder: Path) -> dict:
+    """A whole run on one GPU, engine and trainer in turns; metrics of its last step."""
+    missing = [part for part in ("vllm", "ray", "deepspeed") if importlib.util.find_spec(part) is None]
     if missing or not on_card(device):
-        return {"runs": f"left out: {', '.join(missing) + ' not installed' if missing else 'no GPU'}"}
-    report = {}
-    for name, keys in (
-        ("quickstart", ["+recipe=quickstart", "model.dtype=bfloat16", "train.steps=8", *RUN_KEYS]),
-        ("0.5B", ["+recipe=math", f"model.path={model_folder('0.5B', folder, torch.bfloat16)}", *MATH_KEYS]),
-        ("1.5B", ["+recipe=math", f"model.path={model_folder('1.5B', folder, torch.bfloat16)}", *MATH_KEYS]),
-    ):
-        run_dir = folder / f"run-{name}"
-        command = [sys.executable, "-m", "dpsrl.train", *keys, f"run.dir={run_dir}"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-        report[f"runs/{name}/exit"] = done.returncode
-        if done.returncode:
-            report[f"runs/{name}/output"] = done.stdout[-500:] + done.stderr[-1500:]
-            continue
-        last = read_lines(run_dir / "metrics.jsonl")[0][-1]
-        kept = ("time/step_s", "time/generate_s", "time/train_s", "time/sync_s", "sync/gb_per_s", "sync/canary_diff",
-                "train/mismatch_kl", "train/mismatch_abs", "rollout/response_tokens")  # fmt: skip
-        report |= {f"runs/{name}/{key}": last[key] for key in kept if key in last}
-        tokens = STEP_ROLLOUTS * last["rollout/response_tokens"]
-        report[f"runs/{name}/generated_tokens_per_s"] = tokens / last["time/generate_s"]
-        report[f"runs/{name}/trained_tokens_per_s"] = tokens / last["time/train_s"]
-    return report
+        return {name: f"left out: {', '.join(missing) + ' not installed' if missing else 'no GPU'}"}
+    if name == "quickstart":
+        keys = ["+recipe=quickstart", "model.dtype=bfloat16", "train.steps=8", *RUN_KEYS]
+    else:
+        size = name.removeprefix("math_")
+        keys = ["+recipe=math", f"model.path={model_folder(size, folder, torch.bfloat16)}", *MATH_KEYS]
+    run_dir = folder / name
+    command = [sys.executable, "-m", "dpsrl.train", *keys, f"run.dir={run_dir}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    if done.returncode:
+        return {f"{name}/exit": done.returncode, f"{name}/output": done.stdout[-500:] + done.stderr[-1500:]}
+    first, *_, last = read_lines(run_dir / "metrics.jsonl")[0]
+    kept = ("time/step_s", "time/generate_s", "time/train_s", "time/sync_s", "sync/gb_per_s", "sync/canary_diff",
+            "train/mismatch_kl", "train/mismatch_abs", "rollout/response_tokens")  # fmt: skip
+    tokens = STEP_ROLLOUTS * last["rollout/response_tokens"]
+    return {f"{name}/exit": 0, f"{name}/start_s": first["time/start_s"]} | {
+        f"{name}/{key}": last[key] for key in kept if key in last
+    } | {
+        f"{name}/generated_tokens_per_s": tokens / last["time/generate_s"],
+        f"{name}/trained_tokens_per_s": tokens / last["time/train_s"],
+    }  # fmt: skip
 
 
+RUNS = ("quickstart", "math_0.5B", "math_1.5B")
 CHECKS = {
     "agreement": check_agreement, "trainer": check_trainer, "sync": check_sync, "posterior": check_posterior,
-    "runs": check_runs,
+    **{name: partial(check_run, name) for name in RUNS},
 }  # fmt: skip
 
 if __name__ == "__main__":

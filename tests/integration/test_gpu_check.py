@@ -13,4 +13,4 @@ def test_every_check_gives_its_figures(tmp_path):
     report = json.loads(out.read_text())
     assert report["agreement/float32/logprob"] == 0 and report["agreement/bfloat16_blocks/gradient"] < 0.1
     assert report["trainer/toy/tokens_per_s"] > 0 and report["sync/to_the_host_gb_per_s"] > 0
-    assert report["posterior/selector_step_ms"] > 0 and report["runs"].startswith("left out")
+    assert report["posterior/selector_step_ms"] > 0 and report["math_1.5B"].startswith("left out")
