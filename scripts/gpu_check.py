@@ -14,6 +14,7 @@ nothing is downloaded. On a CPU (--device cpu) it runs everything at toy sizes, 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import json
 import subprocess
@@ -63,6 +64,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.checks:
             report |= CHECKS[name](device, Path(folder))
+            if on_card(device):  # what torch keeps for later would be missing to the runs
+                gc.collect()
+                torch.cuda.empty_cache()
             Path(arguments.out).write_text(json.dumps(report, indent=1))
     table = Table("what", "value", title=f"gpu_check on {report['card']}")
     for name, value in report.items():

@@ -189,7 +189,7 @@ def cost(model: Model, num_gpus: int, method: Method, step: Step, c: Constants, 
 
 
 def generate_s(model: Model, step: Step, num_groups: float, c: Constants) -> float:
-    """The physical limit of one engine on so many groups: a decoding step reads all weights, and each token its cache.
+    """One engine on so many groups: a decoding step reads all weights, and each token its cache.
 
     There are as many decoding steps as the longest response has tokens, or more where not all rollouts fit in at once.
     """
@@ -363,10 +363,10 @@ def sensitivity(c: Constants) -> Lines:
         row("`dps` has 0.9 of its groups mixed, as the paper says", {"mixed_share_dps": 0.9}),
         row("`dps` chooses no better than `uniform`", {"mixed_share_dps": uniform}),
         row("`dynamic` in whole batches, one after the other, as in the paper", dynamic={"whole_batches": True}),
-        row("generating at a fifth of the bandwidth", {"generate_share_of_bandwidth": 0.2}),
+        row("generating at half the bandwidth", {"generate_share_of_bandwidth": 0.5}),
         row("training at 40% of peak", {"train_share_of_peak": 0.4}),
-        row("both", {"generate_share_of_bandwidth": 0.2, "train_share_of_peak": 0.4}),
-        row("both, and `dynamic` in whole batches", {"generate_share_of_bandwidth": 0.2, "train_share_of_peak": 0.4},
+        row("both", {"generate_share_of_bandwidth": 0.5, "train_share_of_peak": 0.4}),
+        row("training at 40% of peak, and `dynamic` in whole batches", {"train_share_of_peak": 0.4},
             dynamic={"whole_batches": True}),
         row("generating one step ahead (`train.max_lag=1`)", ahead=True),
         row("no sync, messages or selection", nothing),

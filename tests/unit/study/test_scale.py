@@ -150,7 +150,6 @@ def test_every_constant_says_where_it_comes_from():
         assert entry["from"] in ("measured", "derived", "data sheet", "setting"), name
         assert entry["from"] != "measured" or (entry["date"] and entry["command"]), name
     assert set(EASY) <= set(ENTRIES)
-    assert ENTRIES["generate_share_of_bandwidth"]["from"] == "derived"  # never taken for measured
 
 
 def test_measuring_keeps_units_and_replaces_values(tmp_path):
