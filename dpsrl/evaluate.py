@@ -23,6 +23,7 @@ from dpsrl.config import Config, help_text, load_config
 from dpsrl.data.build import benchmark_prompts, load_tokenizer, reward_of
 from dpsrl.data.prompts import PromptSet
 from dpsrl.exits import code_of
+from dpsrl.files import written_beside
 from dpsrl.groups import EVALUATION, GroupStream
 from dpsrl.installed import check_installed
 from dpsrl.metrics import Lines
@@ -238,7 +239,8 @@ def run(config: Config) -> None:
         results = benchmarks.evaluate(rollouts, 0, log, watch=screen.stage)
         screen.console.print(results_table(results))
         try:
-            folder.summary.write_text(json.dumps([vars(result) for result in results], indent=1))
+            with written_beside(folder.summary) as partial:
+                partial.write_text(json.dumps([vars(result) for result in results], indent=1))
         except OSError as error:
             raise unwritable(folder.path, error) from error
         screen.line(f"responses: {log.responses}")

@@ -38,6 +38,7 @@ GROUPS = pyarrow.schema(
         "num_solved": pyarrow.int32(),
         "num_rollouts": pyarrow.int32(),  # those that have a reward
         "admitted": pyarrow.bool_(),
+        "audited": pyarrow.bool_(),  # drawn at random, not chosen; null in runs that did not write it down
         "policy_version": pyarrow.int32(),
         "state": pyarrow.string(),  # what the group showed; null without a reward
     }
@@ -72,14 +73,17 @@ def group_of(line: bytes) -> dict[str, Any] | None:
     """The row of one line; None where it is none."""
     try:
         record = json.loads(line)
-        row = {name: record[name] for name in GROUPS.names[:-1]}
+        row = {"audited": None} | record
+        row = {name: row[name] for name in GROUPS.names[:-1]}
         row["prompt_id"].encode()  # half a surrogate pair is no text
         float(row["predicted"] or 0)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
     num_solved, num_rollouts = row["num_solved"], row["num_rollouts"]
     counts = (row["step"], row["policy_version"], num_solved, num_rollouts)
-    if type(row["admitted"]) is not bool or type(row["predicted"]) not in (int, float, type(None)):
+    if type(row["admitted"]) is not bool or type(row["audited"]) not in (bool, type(None)):
+        return None
+    if type(row["predicted"]) not in (int, float, type(None)):
         return None
     if not all(type(count) is int and 0 <= count < 1 << 31 for count in counts):
         return None

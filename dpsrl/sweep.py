@@ -30,6 +30,7 @@ from rich.table import Table
 from dpsrl.config import Config, as_read, load_config, parse_override, quoted
 from dpsrl.data.files import first_line
 from dpsrl.exits import code_of
+from dpsrl.files import written_beside
 from dpsrl.own import is_own
 from dpsrl.report import Run, load_run, write_page
 from dpsrl.run_folder import RunFolder, unwritable
@@ -178,7 +179,8 @@ def sweep(asked: Plan, console: Console, entry: Sequence[str] = ENTRY) -> int:
     """Runs what is not finished yet, prints the table and writes the page. 0 if all runs are finished, else 1."""
     check_same_sweep(asked)
     with RunFolder(asked.folder).lock():
-        (asked.folder / "sweep.json").write_text(json.dumps(sorted(asked.shared)))
+        with written_beside(asked.folder / "sweep.json") as partial:
+            partial.write_text(json.dumps(sorted(asked.shared)))
         states = {}
         with Runs() as runs:
             for place, name in enumerate(asked.runs, 1):

@@ -23,7 +23,7 @@ EXAMPLE = Path(__file__).parents[2] / "recipes/analysis/calibration.py"
 def run(tmp_path):
     """A run folder of three steps of forecast over 40 prompts, and its controller."""
     ids = np.arange(1000, 1040, dtype=np.uint64)
-    controller = Controller(ids, 8, {"method": "forecast"}, num_rollouts=4, seed=0)
+    controller = Controller(ids, 8, {"method": "forecast"}, num_rollouts=4, seed=0, num_audit=2)
     folder = RunFolder(tmp_path / "run")
     folder.create()
     config = load_config(["+recipe=quickstart", "selection=forecast", "rollout.num_rollouts=4"])
@@ -32,9 +32,11 @@ def run(tmp_path):
         for step in (1, 2, 3):
             selected = controller.select()
             outcomes = [Outcome(row, row % 5 if row else 0, 4 if row else 0) for row, _ in selected]
-            for (row, predicted), outcome, admitted in zip(selected, outcomes, controller.admit(outcomes)):
+            admits, audits = controller.admit(outcomes), controller.audited([row for row, _ in selected])
+            for (row, predicted), outcome, admitted, audited in zip(selected, outcomes, admits, audits):
                 line = {
                     "step": step, "prompt_id": f"{1000 + row:016x}", "policy_version": step - 1, "admitted": admitted,
+                    "audited": audited,
                     "num_solved": outcome.num_solved, "num_rollouts": outcome.num_scored, "predicted": predicted,
                 }  # fmt: skip
                 file.write(json.dumps(line) + "\n")
@@ -52,7 +54,7 @@ def test_groups_are_those_of_the_run(run, capsys):
     assert main([str(folder)]) == 0
     rows = pyarrow.parquet.read_table(folder / "groups.parquet").to_pylist()
     states = [row.pop("state") for row in rows]
-    assert rows == lines and len(rows) == 24
+    assert rows == lines and len(rows) == 24 and sum(row["audited"] for row in rows) == 6
     for row, state in zip(rows, states):
         word = {0: "unsolved", 4: "solved"}.get(row["num_solved"], "partial")
         assert state == (word if row["num_rollouts"] else None)
@@ -78,13 +80,16 @@ def test_many_groups_are_written_in_parts(tmp_path, monkeypatch):
     (tmp_path / "groups.jsonl").write_text("".join(json.dumps(line | {"step": i}) + "\n" for i in range(30)))
     assert main([str(tmp_path)]) == 0
     file = pyarrow.parquet.ParquetFile(tmp_path / "groups.parquet")
-    assert file.metadata.num_row_groups == 5 and file.read()["step"].to_pylist() == list(range(30))
+    rows = file.read()
+    assert file.metadata.num_row_groups == 5 and rows["step"].to_pylist() == list(range(30))
+    assert rows["audited"].null_count == 30  # of runs that did not write it down
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"step": "one"}, {"step": 1 << 40}, {"num_solved": 1.5}, {"num_rollouts": None}, {"admitted": "yes"},
+        {"audited": 1},
         {"predicted": "0.5"}, {"predicted": 10**400}, {"prompt_id": 7}, {"prompt_id": "\ud800"},
     ],
 )  # fmt: skip
