@@ -22,7 +22,6 @@ from dpsrl.cluster import Cluster, PartyLost, StallError
 from dpsrl.config import Config
 from dpsrl.controller import Controller
 from dpsrl.rollout import RolloutWorker
-from dpsrl.trainer import TrainerWorker
 from dpsrl.types import Rollout, RolloutRequest, Sent
 
 POLL_BUDGET_S = 1.0  # an engine without a finished request reports back after this long
@@ -300,6 +299,8 @@ class TrainerPool:
     """Every trainer rank; calls go to all of them, as their collectives need."""
 
     def __init__(self, cluster: Cluster, config: Config, backend: str) -> None:
+        from dpsrl.trainer import TrainerWorker  # torch takes seconds; a mistake in the configuration is told before
+
         self.cluster, self.config, self.backend = cluster, config, backend
         self.under_way: dict[Any, Any] = {}  # calls of the updates that were begun and not yet finished
         num_ranks = config.trainer.num_workers

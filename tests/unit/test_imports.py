@@ -78,6 +78,11 @@ def test_the_maths_needs_no_configuration(loaded, name):
     assert loaded[name] & {"hydra", "omegaconf"} == set()
 
 
+def test_the_driver_loads_torch_no_sooner_than_its_trainers():
+    for name, names in loaded_by(("train", "evaluate"), "numpy hydra omegaconf rich.console pyarrow").items():
+        assert not names & {"torch", "vllm", "deepspeed", "transformers"}, name
+
+
 def test_selection_needs_numpy_alone(loaded):
     """So that it can be used inside other trainers."""
     assert loaded["selection"] & {"hydra", "omegaconf", "rich", "matplotlib", "scipy", "pyarrow"} == set()
