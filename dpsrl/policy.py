@@ -211,7 +211,8 @@ def head_logprobs(
     """(logprobs_L, entropy_L): log softmax(hidden @ weight.T / temperature) at the target, and the entropy, in nats.
 
     Logits exist a chunk of tokens at a time, forwards and backwards, so that memory does not grow with tokens x
-    vocabulary. Sums are float32, or float64 for float64 weights. entropy is 0 unless asked for.
+    vocabulary. They are worked on in place: on a card a pass over them costs about as much as their making. Sums are
+    float32, or float64 for float64 weights. entropy is 0 unless asked for.
     """
     assert temperature > 0, temperature
     return _HeadLogprobs.apply(hidden_LD, weight_VD, target_L, temperature, with_entropy, dtype)
@@ -253,18 +254,23 @@ class _HeadLogprobs(torch.autograd.Function):
             hidden = hidden_LD[chunk].to(ctx.dtype)
             z = _logits(hidden, head_VD, ctx.temperature, ctx.wide)
             p = z.sub_(normaliser_L[chunk, None]).exp_()
-            grad = p * -grad_logprobs_L[chunk, None]
-            grad.scatter_add_(-1, target_L[chunk, None], grad_logprobs_L[chunk, None])
-            if ctx.with_entropy:
-                grad += grad_entropy_L[chunk, None] * (torch.special.entr(p) - p * entropy_L[chunk, None])
-            grad = (grad / ctx.temperature).to(ctx.dtype)
+            grad_logprobs, grad_entropy = (g[chunk, None] / ctx.temperature for g in (grad_logprobs_L, grad_entropy_L))
+            of_entropy = torch.special.entr(p) - p * entropy_L[chunk, None] if ctx.with_entropy else None
+            grad = p.mul_(-grad_logprobs).scatter_add_(-1, target_L[chunk, None], grad_logprobs)
+            if of_entropy is not None:
+                grad.addcmul_(of_entropy, grad_entropy)
+            grad = grad.to(ctx.dtype)
             grad_hidden_LD[chunk] = (grad @ head_VD).to(hidden_LD.dtype)
-            grad_weight_VD += grad.T @ hidden
+            if ctx.dtype == ctx.wide:
+                grad_weight_VD.addmm_(grad.T, hidden)
+            else:
+                grad_weight_VD += grad.T @ hidden
         return grad_hidden_LD, grad_weight_VD.to(weight_VD.dtype), None, None, None, None
 
 
 def _logits(hidden_LD: Tensor, head_VD: Tensor, temperature: float, wide: torch.dtype) -> Tensor:
-    return F.linear(hidden_LD, head_VD).to(wide).div_(temperature)
+    logits = F.linear(hidden_LD, head_VD).to(wide)
+    return logits if temperature == 1 else logits.div_(temperature)
 
 
 def row_chunks(num_tokens: int, vocab: int) -> list[slice]:

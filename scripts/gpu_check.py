@@ -17,6 +17,7 @@ import argparse
 import gc
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,8 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+
+os.environ["TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"] = "1"  # as in the actors of a run; torch reads it as it is loaded
 
 import numpy as np
 import torch
