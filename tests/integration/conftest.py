@@ -31,10 +31,12 @@ class FinishedRun:
         return [json.loads(line) for line in (self.folder / name).read_text().splitlines()]
 
 
-def run_module(module: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
+def run_module(module: str, *arguments: str, cwd: Path | None = None, runs: int = 1) -> subprocess.CompletedProcess:
+    """runs: as many as it makes one after another; each may take as long as a run may."""
     command = [sys.executable, "-m", module, *arguments]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=HANG_GUARD_S, check=False, cwd=cwd, env=os.environ | SECRETS
+        command, capture_output=True, text=True, timeout=runs * HANG_GUARD_S, check=False, cwd=cwd,
+        env=os.environ | SECRETS,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ def test_a_sweep_of_real_runs(start, tmp_path):
         "-m", "+recipe=quickstart", "selection=dps,uniform", "seed=0,1", "train.steps=2", "train.batch=16",
         "data.countdown.num_train=64", "data.countdown.num_test=16", "eval.num_rollouts=4", f"run.dir={tmp_path}/grid",
     ]  # fmt: skip
-    done = start.run_module("dpsrl.train", *arguments)
+    done = start.run_module("dpsrl.train", *arguments, runs=4)
     assert done.returncode == 0, done.stdout + done.stderr
     folders = sorted(path for path in (tmp_path / "grid").iterdir() if path.is_dir())
     assert [path.name for path in folders] == [
