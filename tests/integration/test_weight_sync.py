@@ -73,7 +73,7 @@ def both_ends(folder, *arguments):
     tokenizer = load_tokenizer(config.model.path)
     canary = np.array(tokenizer("3 5 7=15:3+5+7 and then some more text, 1 2 3 4 5 6")["input_ids"], dtype=np.int32)
     with pytest.MonkeyPatch.context() as patch, Cluster(config, folder / "logs") as cluster:
-        patch.setattr("dpsrl.pools.TrainerWorker", ScriptedTrainer)
+        patch.setattr("dpsrl.trainer.TrainerWorker", ScriptedTrainer)
         rollouts, trainers = RolloutPool(cluster, config, backend), TrainerPool(cluster, config, backend)
         trainers.start()
         rollouts.policy_versions()
