@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -322,8 +323,7 @@ def load_config(arguments: list[str], entry: str = "train") -> Config:
     Raises UserError, one sentence, on the first key that is unknown, of the wrong type, out of range,
     missing, or set without effect.
     """
-    OmegaConf.register_new_resolver("package", lambda name: str(PACKAGE_DIR / name), replace=True)
-    ConfigStore.instance().store(name="schema", node=Config)
+    _register()
     arguments = [as_read(argument) for argument in arguments]
     set_keys = _check_overrides(arguments)
     overrides = [f"++{text}" if text.startswith(OWN_OPTIONS) else text for text in arguments]  # its names are free
@@ -350,9 +350,18 @@ def load_config(arguments: list[str], entry: str = "train") -> Config:
     return config
 
 
+@cache
+def _register() -> None:
+    """Makes the schema, and `${package:NAME}`, known to hydra."""
+    OmegaConf.register_new_resolver("package", lambda name: str(PACKAGE_DIR / name), replace=True)
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
 def _drop_options_of_another_method(raw: Any, overrides: list[str], set_keys: set[str], entry: str) -> None:
     """A selection method chosen on the command line comes with its own options, not with the recipe's for another."""
     choices = [text for text in overrides if text.startswith(("selection=", "selection.method="))]
+    if not choices:
+        return
     preset: Any = {}
     for text in choices:
         if text.startswith("selection="):
