@@ -18,7 +18,7 @@ from tests.made_run import make_run
 @pytest.fixture
 def served():
     server = watch.Served(0, "<p>one</p>")
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()  # it ends within so many seconds
     yield server
     server.shutdown()
     server.server_close()
