@@ -72,9 +72,8 @@ def export_groups(path: Path, out: Path) -> tuple[int, int]:
 def group_of(line: bytes) -> dict[str, Any] | None:
     """The row of one line; None where it is none."""
     try:
-        record = json.loads(line)
-        row = {"audited": None} | record
-        row = {name: row[name] for name in GROUPS.names[:-1]}
+        record = {"audited": None} | json.loads(line)
+        row = {name: record[name] for name in GROUPS.names[:-1]}
         row["prompt_id"].encode()  # half a surrogate pair is no text
         float(row["predicted"] or 0)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
