@@ -67,7 +67,7 @@ class Cluster:
         self._processes: dict[Any, Any] = {}  # by actor, a call that answers (node, process id)
         self.placement: PlacementGroup | None = None
         self.plan = resource_plan(config, with_trainer)
-        self.watchdog = Watchdog(2 * max(config.run.stall_s, config.run.start_s) + 60, self._end_processes)
+        self.watchdog = Watchdog(watchdog_limit_s(config), self._end_processes)
         if self.local:
             _need_token()
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -99,6 +99,17 @@ class Cluster:
             ray.kill(actor)
         self._stack.close()
 
+    def take_up(self, config: Config, log_dir: Path, stops: StopRequests | None) -> None:
+        """Serves another run from here on, whose processes would be the same."""
+        self.config, self.log_dir = config, log_dir.absolute()
+        self.stops = stops or self.stops
+        self.watchdog.limit_s = watchdog_limit_s(config)
+        calls = {actor: actor.log_to.remote(self._log_of(name)) for actor, name in self.actors.items()}
+        self.get(calls, "open its log")
+
+    def _log_of(self, name: str) -> str:
+        return str(self.log_dir / f"{name}.log")
+
     def _end_processes(self) -> None:
         """For the watchdog of a driver that hangs, perhaps in Ray: those on this machine. Ray ends the others."""
         self.write_stacks(elsewhere=False)
@@ -108,7 +119,7 @@ class Cluster:
         self, cls: type, name: str, *args: Any, env: dict[str, str], options: dict[str, Any], **kwargs: Any
     ) -> Any:
         """An actor of `cls(*args, **kwargs)`, its output in logs/<name>.log. `options` are Ray's."""
-        actor_cls = ray.remote(_logged(cls, str(self.log_dir / f"{name}.log")))
+        actor_cls = ray.remote(_logged(cls, self._log_of(name)))
         env_vars = {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"} | env
         if self.config.cluster.device == "gpu" and self.config.model.dtype == "bfloat16":
             # Logits are float32 products of bfloat16 values, which TF32 holds exactly: tensor cores compute them.
@@ -178,7 +189,7 @@ class Cluster:
         self.write_stacks()
         names = [self.actors[actor] for actor in actors]
         logs = "its log is" if len(names) == 1 else "their logs are"
-        files = ", ".join(str(self.log_dir / f"{name}.log") for name in names)
+        files = ", ".join(map(self._log_of, names))
         why = f"{why}; {logs} {files}"
         raise PartyLost(f"{', '.join(names)} {why}", actors, why)
 
@@ -246,6 +257,10 @@ class Cluster:
         strategy = PlacementGroupSchedulingStrategy(self.placement, placement_group_bundle_index=place)
         options = {"num_cpus": amounts["CPU"] // parts, "scheduling_strategy": strategy}
         return options | ({"num_gpus": amounts["GPU"] / parts} if amounts["GPU"] else {})
+
+
+def watchdog_limit_s(config: Config) -> float:
+    return 2 * max(config.run.stall_s, config.run.start_s) + 60
 
 
 def _start_ray(guard: Guard, **options: Any) -> None:
@@ -328,14 +343,22 @@ def _logged(cls: type, path: str) -> type:
     """`cls` with its process's output in a file, whatever library writes it."""
 
     class Logged(cls):
+        log: int | None = None  # descriptor
+
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            os.dup2(file, 1)
-            os.dup2(file, 2)
+            self.log_to(path)
             sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-            faulthandler.register(signal.SIGUSR1, file=os.fdopen(os.dup(2), "w"), all_threads=True)
             super().__init__(*args, **kwargs)
+
+        def log_to(self, path: str) -> None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            for descriptor in (1, 2):
+                os.dup2(log, descriptor)
+            faulthandler.register(signal.SIGUSR1, file=log, all_threads=True)
+            if self.log is not None:
+                os.close(self.log)
+            self.log = log
 
         def node_address(self) -> str:
             return ray.util.get_node_ip_address()

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from dpsrl.checkpoint import Checkpoint, check_model_folder, read_state
 from dpsrl.cluster import Cluster
 from dpsrl.config import Config, selector_config
+from dpsrl.crew import Keeper
 from dpsrl.data.build import load_tokenizer, training_prompts
 from dpsrl.data.prompts import PromptSet
 from dpsrl.early import EarlyTraining
@@ -242,20 +243,21 @@ def open_run(config: Config, checked: Checked, stack: ExitStack) -> Screen:
 
 def launch(
     config: Config, checked: Checked, screen: Screen, stack: ExitStack, checkpoint: Checkpoint | None,
-    stops: StopRequests | None = None,
+    stops: StopRequests | None = None, keeper: Keeper | None = None,
 ) -> Run:  # fmt: skip
-    """Starts every part, as it was at the checkpoint if there is one; `stack` ends them in reverse order."""
+    """Starts every part, as it was at the checkpoint if there is one; `stack` ends them in reverse order.
+
+    keeper: has the engines and the trainer of a run before, where there was one.
+    """
     folder, tokenizer, prompts = checked.folder, checked.tokenizer, checked.prompts
     stack.enter_context(checked.benchmarks)
     reward = config.reward
     scorer = stack.enter_context(Scorer(reward.fn, num_workers=reward.num_workers, deadline_s=reward.deadline_s))
     screen.stage("starting the engines and the trainer")
-    cluster = stack.enter_context(Cluster(config, folder.logs, stops=stops))
-    backend = transfer_backend(config)
-    rollouts, trainers = RolloutPool(cluster, config, backend), TrainerPool(cluster, config, backend)
+    crew = stack.enter_context((keeper or Keeper()).crew(config, folder.logs, stops))
+    cluster, rollouts, trainers = crew.cluster, crew.rollouts, crew.trainers
     controller = ControllerHandle(cluster, **controller_arguments(config, prompts.ids))
-    trainers.start()
-    rollouts.wait_until_up()
+    crew.wait_until_up()
     driver = read_driver(checkpoint)
     plain_config: Any = OmegaConf.to_container(OmegaConf.structured(config))
     try:
@@ -282,7 +284,10 @@ def launch(
     if checkpoint is None:
         for line in start_beliefs(config, controller, checked.prior):
             screen.line(line)
-        weights.verify_start()
+        if crew.is_new:
+            weights.verify_start()
+        else:
+            weights.restore(0)
     else:
         take_up(run, checkpoint)
     return run

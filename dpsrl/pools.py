@@ -121,6 +121,11 @@ class RolloutPool:
     def wait_until_up(self) -> None:
         self._all("start", "policy_version", deadline_s=self.config.run.start_s)
 
+    def renew(self, config: Config) -> None:
+        """For another run: its engines would start like these, and nothing is left to be done."""
+        assert not self.outstanding
+        self.config, self.on_lost, self._num_lost = config, self.replace_all, 0
+
     def hosts(self) -> list[str]:
         return self._all("name its host", "node_address")
 
@@ -329,6 +334,11 @@ class TrainerPool:
     def start(self) -> None:
         """Loads the model on every rank, once it is known where they meet."""
         self._all("start", "start", self._meeting(), deadline_s=self.config.run.start_s)
+
+    def renew(self, config: Config) -> None:
+        """For another run, whose ranks would be as many: each has the model anew, as after `start`."""
+        self.config = config
+        self._all("load the model anew", "renew", config, deadline_s=config.run.start_s)
 
     def _meeting(self) -> str:
         """For torch: a file that only this user can open, since its TCP store listens to everyone; or rank 0's port."""

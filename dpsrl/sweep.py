@@ -16,8 +16,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from dpsrl.config import Config, as_read, load_config, parse_override, quoted
 from dpsrl.data.files import first_line
 from dpsrl.exits import code_of
 from dpsrl.files import written_beside
+from dpsrl.lane import Lane
 from dpsrl.own import is_own
 from dpsrl.report import Run, load_run, write_page
 from dpsrl.run_folder import RunFolder, unwritable
@@ -142,12 +145,15 @@ class Runs:
     def __init__(self) -> None:
         self.num_stops = 0
         self.processes: set[subprocess.Popen] = set()
+        self._lanes: dict[int, Lane] = {}  # by thread, so that each has the cores of its own
 
     def __enter__(self) -> Runs:
         self._before = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *error: object) -> None:
+        for lane in self._lanes.values():
+            lane.close()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -157,18 +163,37 @@ class Runs:
         for process in list(self.processes):
             process.send_signal(STOPS[min(self.num_stops, len(STOPS)) - 1])
 
-    def run(self, command: Sequence[str], folder: Path) -> int:
-        """The exit code of a run in `folder`; what it prints goes to the log beside it."""
-        with log_of(folder).open("ab") as log:
-            whole = [*command, f"run.dir={quoted(str(folder))}", "resume=auto"]
-            process = subprocess.Popen(whole, stdout=log, stderr=subprocess.STDOUT, process_group=0)
-            self.processes.add(process)
-            if self.num_stops:  # it came while the process was being started
-                process.send_signal(STOPS[0])
-            try:
-                return process.wait()
-            finally:
-                self.processes.remove(process)
+    def run(self, entry: Sequence[str], arguments: Sequence[str], folder: Path) -> int:
+        """The exit code of a run in `folder`; what it prints goes to the log beside it.
+
+        One of `dpsrl.train` gets engines and trainer from the one before in the same thread, where it can.
+        """
+        whole, log = [*arguments, f"run.dir={quoted(str(folder))}", "resume=auto"], log_of(folder)
+        if tuple(entry) == ENTRY:
+            lane = self._lane(log)
+            with self._under_way(lane.process):
+                return lane.run(whole, log)
+        with log.open("ab") as file:
+            process = subprocess.Popen([*entry, *whole], stdout=file, stderr=subprocess.STDOUT, process_group=0)
+        with self._under_way(process):
+            return process.wait()
+
+    def _lane(self, log: Path) -> Lane:
+        """This thread's; a new one where that has ended."""
+        thread = threading.get_ident()
+        if thread not in self._lanes or self._lanes[thread].process.poll() is not None:
+            self._lanes[thread] = Lane(log)
+        return self._lanes[thread]
+
+    @contextmanager
+    def _under_way(self, process: subprocess.Popen) -> Iterator[None]:
+        self.processes.add(process)
+        if self.num_stops:  # it came while the process was being started
+            process.send_signal(STOPS[0])
+        try:
+            yield
+        finally:
+            self.processes.remove(process)
 
 
 def log_of(folder: Path) -> Path:
@@ -184,13 +209,15 @@ def sweep(asked: Plan, console: Console, entry: Sequence[str] = ENTRY) -> int:
         states = {}
         with Runs() as runs:
             for place, name in enumerate(asked.runs, 1):
-                command, label = [*entry, *asked.arguments(name)], f"[{place}/{len(asked.runs)}] {name}"
-                states[name] = run_one(runs, command, asked.folder / name, console, label)
+                arguments, label = asked.arguments(name), f"[{place}/{len(asked.runs)}] {name}"
+                states[name] = run_one(runs, entry, arguments, asked.folder / name, console, label)
         conclude(asked, states, console)
     return 0 if all(state == "finished" for state in states.values()) else 1
 
 
-def run_one(runs: Runs, command: Sequence[str], folder: Path, console: Console, label: str) -> str:
+def run_one(
+    runs: Runs, entry: Sequence[str], arguments: Sequence[str], folder: Path, console: Console, label: str
+) -> str:
     """How it ended: finished, stopped, not started, or the last line of a run that failed."""
     if is_finished(folder):
         console.print(f"{label}: finished before", **PLAIN)
@@ -199,7 +226,7 @@ def run_one(runs: Runs, command: Sequence[str], folder: Path, console: Console, 
         return "not started"
     log = log_of(folder)
     console.print(f"{label}: started, its output is {log}", **PLAIN)
-    code = runs.run(command, folder)
+    code = runs.run(entry, arguments, folder)
     if is_finished(folder):
         return "finished"
     if runs.num_stops or code == 0:  # somebody asked it to stop

@@ -28,6 +28,7 @@ from dpsrl.checkpoint import CheckpointError, write_state
 from dpsrl.cluster import PartyLost, StallError
 from dpsrl.config import Config, help_text, load_config
 from dpsrl.controller import Outcome
+from dpsrl.crew import Keeper
 from dpsrl.early import EarlyTraining
 from dpsrl.evaluate import exit_code
 from dpsrl.launch import Checked, Run, ask, dry_run, launch, open_run, preflight
@@ -314,7 +315,8 @@ def save(run: Run, score: float | None) -> None:
 # --- the whole run ------------------------------------------------------------------------------------
 
 
-def run(config: Config) -> None:
+def run(config: Config, keeper: Keeper | None = None) -> None:
+    """keeper: of the processes that go from one run to the next, where more than one is made."""
     if config.dry_run:
         print("\n".join(dry_run(config)))
         return
@@ -322,7 +324,7 @@ def run(config: Config) -> None:
     with ExitStack() as stack:
         stops = stack.enter_context(StopRequests())
         screen = open_run(config, checked, stack)
-        summary = train_until_done(config, checked, screen, stops)
+        summary = train_until_done(config, checked, screen, stops, keeper)
         if summary is None:
             return
         screen.stage("writing the report")
@@ -343,7 +345,9 @@ def reported(run_dir: Path, screen: Screen) -> Path | None:
         return None
 
 
-def train_until_done(config: Config, checked: Checked, screen: Screen, stops: StopRequests) -> dict[str, Any] | None:
+def train_until_done(
+    config: Config, checked: Checked, screen: Screen, stops: StopRequests, keeper: Keeper | None = None
+) -> dict[str, Any] | None:
     """Trains, and goes back to the last checkpoint when a party is lost that the run cannot do without.
 
     The summary; None if the run was asked to stop before its end.
@@ -352,7 +356,7 @@ def train_until_done(config: Config, checked: Checked, screen: Screen, stops: St
     for attempt in range(config.run.max_restarts + 1):
         try:
             with ExitStack() as stack:
-                parts = launch(config, checked, screen, stack, checkpoint, stops)
+                parts = launch(config, checked, screen, stack, checkpoint, stops, keeper)
                 has_started = True
                 return train_from(parts, checked, screen, loss)
         except PartyLost as lost:
@@ -393,13 +397,13 @@ def train_from(parts: Run, checked: Checked, screen: Screen, loss: str) -> dict[
     return summary | {"rollouts": account, "num_restarts": sum(e["event"] == "restart" for e in events)}
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], keeper: Keeper | None = None) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(help_text("train"))
         return 0
     if set(arguments) & set(sweep.FLAGS):
         return sweep.main(arguments)
-    return exit_code("dpsrl", lambda: run(load_config(arguments)))
+    return exit_code("dpsrl", lambda: run(load_config(arguments), keeper))
 
 
 if __name__ == "__main__":

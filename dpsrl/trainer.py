@@ -34,12 +34,16 @@ class TrainerWorker:
     """Owns the policy, its optimizer, the reference if there is one, and the count of updates."""
 
     def __init__(self, config: Config, rank: int, num_threads: int) -> None:
-        self.config = config
         self.rank, self.world_size = rank, config.trainer.num_workers
         self.device = torch.device("cpu" if config.cluster.device == "cpu" else "cuda:0")
         self.num_threads = num_threads
+        self._begin(config)
+
+    def _begin(self, config: Config) -> None:
+        self.config = config
         self.num_updates_done = 0
         self.sender: Any = None
+        self.engine: Any = None
         self.reference: Any = None
         self.loss = load_loss(config.algo.loss) if is_own(config.algo.loss) else config.algo.loss
         self._sums: dict[str, float] = {}  # of the step under way: weighted sums over this rank's tokens
@@ -66,6 +70,21 @@ class TrainerWorker:
             "gloo" if config.cluster.device == "cpu" else "nccl", auto_mpi_discovery=False, init_method=meeting,
             rank=self.rank, world_size=self.world_size,
         )  # fmt: skip
+        self._load_all()
+        # It takes vLLM along, seconds that are free while the engines still start.
+        import dpsrl.weight_sync  # noqa: F401
+
+    def renew(self, config: Config) -> None:
+        """As after `start` with that configuration, which asks for the same device and ranks."""
+        if self.sender is not None:
+            self.sender.close()
+        self._begin(config)  # what it held is free before the next is loaded
+        self._load_all()
+
+    def _load_all(self) -> None:
+        import deepspeed
+
+        config = self.config
         torch.manual_seed(config.seed)
         policy = self._load()
         self.flash = has_flash_attention(self.device, getattr(torch, config.model.dtype))
@@ -77,8 +96,6 @@ class TrainerWorker:
         self.engine.clip_fp32_gradients = self._scale_and_clip
         if config.algo.kl_coef:
             self.reference = self._load_reference()
-        # It takes vLLM along, seconds that are free while the engines still start.
-        import dpsrl.weight_sync  # noqa: F401
 
     def _load(self) -> Policy:
         """float32 logits on GPUs, as the engines compute them there."""

@@ -66,8 +66,8 @@ def make_runs(
             run_dir, busy_share, label = folder / job.name, busy_share_here(), f"[{place}/{len(missing)}] {job.name}"
             try:
                 claim(run_dir, job, setups[job.setting, job.method], commit)
-                command = [sys.executable, "-m", job.program, *job.arguments]
-                state = run_one(runs, command, run_dir, console, label)
+                entry = (sys.executable, "-m", job.program)
+                state = run_one(runs, entry, job.arguments, run_dir, console, label)
                 if state == "finished":
                     keep(run_dir, job, busy_share)
             except Exception as error:  # of one run: the others go on

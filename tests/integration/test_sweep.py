@@ -1,17 +1,16 @@
-"""Two methods, two seeds, real runs, one after another."""
+"""Two methods, two seeds, real runs, one after another, with engines and trainer that stay."""
 
 import json
 
-import pytest
+ARGUMENTS = (
+    "+recipe=quickstart", "train.steps=2", "train.batch=16", "data.countdown.num_train=64",
+    "data.countdown.num_test=16", "eval.num_rollouts=4",
+)  # fmt: skip
 
 
-@pytest.mark.slow
 def test_a_sweep_of_real_runs(start, tmp_path):
-    arguments = [
-        "-m", "+recipe=quickstart", "selection=dps,uniform", "seed=0,1", "train.steps=2", "train.batch=16",
-        "data.countdown.num_train=64", "data.countdown.num_test=16", "eval.num_rollouts=4", f"run.dir={tmp_path}/grid",
-    ]  # fmt: skip
-    done = start.run_module("dpsrl.train", *arguments, runs=4)
+    arguments = ["-m", *ARGUMENTS, "selection=dps,uniform", "seed=0,1", f"run.dir={tmp_path}/grid"]
+    done = start.run_module("dpsrl.train", *arguments, runs=2)
     assert done.returncode == 0, done.stdout + done.stderr
     folders = sorted(path for path in (tmp_path / "grid").iterdir() if path.is_dir())
     assert [path.name for path in folders] == [
@@ -23,5 +22,16 @@ def test_a_sweep_of_real_runs(start, tmp_path):
     )  # each seed and method its own
     page = (tmp_path / "grid/report.html").read_text()
     assert all(path.name in page for path in folders)
+    starts = [json.loads((path / "summary.json").read_text())["time_s"]["start"] for path in folders]
+    assert len({(path / "logs/engine-0.log").read_text() for path in folders}) == 4, starts
+
     again = start.run_module("dpsrl.train", *arguments)
     assert again.returncode == 0 and again.stdout.count("finished before") == 4
+
+    # the last of them, by processes of its own: nothing is left in the kept ones of what was before
+    alone = tmp_path / "alone"
+    assert (
+        start.run_module("dpsrl.train", *ARGUMENTS, "seed=1", "selection=uniform", f"run.dir={alone}").returncode == 0
+    )
+    for name in ("groups.jsonl", "checkpoints/step_2/model/model.safetensors"):
+        assert (alone / name).read_bytes() == (folders[3] / name).read_bytes(), name

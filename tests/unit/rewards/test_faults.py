@@ -55,13 +55,23 @@ def later(seconds, call):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_signal_to_busy_processes_costs_no_reward(number):
-    items = [("sleep 0.6", "")] * 3 + [("quick", "")] * 20
-    with Scorer("faulty:function", num_workers=2, deadline_s=10.0) as pool:
-        assert pool.score([("quick", "")] * 8) == [HALF] * 8
-        timer = later(0.3, lambda: [os.kill(pid, number) for pid in pool.pids()])
+def test_a_signal_to_busy_processes_costs_no_reward(number, folder):
+    """Both at once, so that what one had in hand is not tried again on the other one, to be lost with it too."""
+    begun = [folder / "first", folder / "second"]
+    items = [("sleep 5", str(path)) for path in begun] + [("quick", "")] * 2  # few, so that each process has one
+    with Scorer("faulty:function", num_workers=2, deadline_s=60.0) as pool:
+
+        def strike():
+            while not all(path.exists() for path in begun):
+                time.sleep(0.01)
+            for pid in pool.pids():
+                os.kill(pid, number)
+
+        striker = threading.Thread(target=strike, daemon=True)
+        striker.start()
         assert pool.score(items) == [HALF] * len(items)
-        timer.join()
+        striker.join()
+        assert [path.read_text() for path in begun] == ["begun\n" * 2] * 2
         assert pool.missing == {"timeout": 0, "crash": 0, "invalid": 0}
         assert pool.num_replaced == 2
 

@@ -1,0 +1,114 @@
+"""The processes that can outlast a run: Ray's session, the engines, the trainer ranks.
+
+A start takes most of a minute, nearly all of it imports and loading, and the next run of a sweep needs the very same
+processes with other weights. Owns whether it gets them; what they do in a run is in `pools.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dpsrl.cluster import Cluster
+from dpsrl.config import Config
+from dpsrl.pools import RolloutPool, TrainerPool, transfer_backend
+from dpsrl.stops import StopRequests
+
+OF_REQUESTS = ("num_rollouts", "temperature", "spare_share")  # in `rollout`: an engine is told of them with each
+
+
+class Crew:
+    """A cluster with engines and trainer ranks that are starting; `wait_until_up` before they are used.
+
+    is_new: whether the engines hold the weights of the model folder still.
+    """
+
+    def __init__(self, config: Config, log_dir: Path, stops: StopRequests | None) -> None:
+        self._made_for, self.config, self.is_new = needs(config), config, True
+        backend = transfer_backend(config)
+        with ExitStack() as started:
+            self.cluster = started.enter_context(Cluster(config, log_dir, stops=stops))
+            self.rollouts = RolloutPool(self.cluster, config, backend)
+            self.trainers = TrainerPool(self.cluster, config, backend)
+            self._stack = started.pop_all()
+        self._at_rest = ExitStack()
+
+    def close(self) -> None:
+        with self._stack, self._at_rest:
+            pass
+
+    def suits(self, config: Config) -> bool:
+        """Whether a run of `config` would start processes that are just like these."""
+        return self._made_for == needs(config)
+
+    def rest(self) -> None:
+        """The run is over: what was its own alone is ended, and nobody is waited for."""
+        mine = {*self.rollouts.engines, *self.trainers.ranks}
+        for actor in [actor for actor in self.cluster.actors if actor not in mine]:
+            self.cluster.kill(actor)
+        self._at_rest.enter_context(self.cluster.watchdog.paused())
+
+    def take_up(self, config: Config, log_dir: Path, stops: StopRequests | None) -> None:
+        """The next run begins."""
+        self._at_rest.close()
+        self.config, self.is_new = config, False
+        self.cluster.take_up(config, log_dir, stops)
+
+    def wait_until_up(self) -> None:
+        """Until all are as they would be after a start, but for the engines' weights."""
+        if self.is_new:
+            self.trainers.start()
+            self.rollouts.wait_until_up()
+        else:
+            self.rollouts.renew(self.config)
+            self.trainers.renew(self.config)
+
+
+class Keeper:
+    """Lends a crew to one run after another. With `keeps`, that of a run which ended well waits for the next one."""
+
+    def __init__(self, keeps: bool = False) -> None:
+        self.keeps = keeps
+        self._kept: Crew | None = None
+
+    def __enter__(self) -> Keeper:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end_kept()
+
+    def _end_kept(self) -> None:
+        crew, self._kept = self._kept, None
+        if crew is not None:
+            crew.close()
+
+    @contextmanager
+    def crew(self, config: Config, log_dir: Path, stops: StopRequests | None) -> Iterator[Crew]:
+        """One for a run of `config`, its logs in `log_dir`. A crew that has seen an error is ended."""
+        if self._kept is not None and not self._kept.suits(config):
+            self._end_kept()
+        crew, self._kept = self._kept, None
+        try:
+            if crew is None:
+                crew = Crew(config, log_dir, stops)
+            else:
+                crew.take_up(config, log_dir, stops)
+            yield crew
+            if self.keeps and not crew.rollouts.outstanding:
+                crew.rest()
+                self._kept = crew
+        finally:
+            if crew is not None and crew is not self._kept:
+                crew.close()
+
+
+def needs(config: Config) -> dict[str, Any]:
+    """What decides which processes a run starts, and what they cannot change any more."""
+    rollout = {name: value for name, value in asdict(config.rollout).items() if name not in OF_REQUESTS}
+    return {
+        "model": config.model, "cluster": config.cluster, "weight_sync": config.weight_sync, "rollout": rollout,
+        "num_ranks": config.trainer.num_workers, "at_once": (config.train.max_lag > 0, config.train.streaming),
+    }  # fmt: skip
