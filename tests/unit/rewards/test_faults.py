@@ -48,12 +48,6 @@ def folder(tmp_path, monkeypatch):
     sys.modules.pop("faulty", None)
 
 
-def later(seconds, call):
-    timer = threading.Timer(seconds, call)
-    timer.start()
-    return timer
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_signal_to_busy_processes_costs_no_reward(number, folder):
     """Both at once, so that what one had in hand is not tried again on the other one, to be lost with it too."""
