@@ -129,6 +129,9 @@ class SelectionConfig:
     first_transition: bool | None = key(None, "dps: the first observation counts as a move, as published")
     evidence_weight: float | None = key(None, "dps: what one move adds to the counts, 1 as published", ge=0)
     target_rate: float | None = key(None, "score target: the pass rate to be near to", ge=0, le=1)
+    diminish: float | None = key(
+        None, "power of 1 + times selected that a score is divided by: what was met often teaches less", ge=0
+    )
     bonus: float | None = key(None, "score optimistic: standard deviations added to the expected chance", ge=0)
     noise: float | None = key(None, "forecast: variance of a step of the walk, to begin with", gt=0, le=0.3)
     gain: float | None = key(None, "forecast: shift of a prompt's logit when trained on, to begin with")

@@ -30,18 +30,19 @@ class PartialScore:
     For a belief about pass rates P(partial) is E[1 - p^n - (1 - p)^n], the chance of a mixed group of n.
 
     entropy_weight: any finite number; 0 is the published default, and it leaves H out altogether.
+    diminish: see `diminished`; 0 is the published default.
     """
 
     needs = ()
 
-    def __init__(self, *, entropy_weight: float = 0.0) -> None:
+    def __init__(self, *, entropy_weight: float = 0.0, diminish: float = 0.0) -> None:
         self.entropy_weight = check_number("entropy_weight", entropy_weight)
+        self.diminish = check_number("diminish", diminish, lowest=0.0)
 
     def __call__(self, belief: Belief, num_selected_E: np.ndarray) -> np.ndarray:
         prior_ES = belief.predict()
-        if not self.entropy_weight:
-            return prior_ES[:, hmm.PARTIAL]
-        return prior_ES[:, hmm.PARTIAL] + self.entropy_weight * entropy(prior_ES)
+        bonus_E = self.entropy_weight * entropy(prior_ES) if self.entropy_weight else 0.0
+        return diminished(prior_ES[:, hmm.PARTIAL] + bonus_E, num_selected_E, self.diminish)
 
     def of_rate(self, rate: np.ndarray, num_rollouts: int) -> np.ndarray:
         unsolved, solved = (1.0 - rate) ** num_rollouts, rate**num_rollouts
@@ -91,16 +92,18 @@ class LeastSelected:
 class Optimistic:
     """P(partial) + bonus * its standard deviation under the belief: what is uncertain is tried, and then known.
 
-    bonus: 0 or more; 0 is greedy.
+    bonus: 0 or more; 0 is greedy. diminish: see `diminished`.
     """
 
     needs = ("spread",)
 
-    def __init__(self, *, bonus: float = 1.2) -> None:
+    def __init__(self, *, bonus: float = 1.2, diminish: float = 0.0) -> None:
         self.bonus = check_number("bonus", bonus, lowest=0.0)
+        self.diminish = check_number("diminish", diminish, lowest=0.0)
 
     def __call__(self, belief: Any, num_selected_E: np.ndarray) -> np.ndarray:
-        return belief.predict()[:, hmm.PARTIAL] + self.bonus * belief.spread()
+        value_E = belief.predict()[:, hmm.PARTIAL] + self.bonus * belief.spread()
+        return diminished(value_E, num_selected_E, self.diminish)
 
 
 class Resampled:
@@ -133,6 +136,15 @@ SCORES: dict[str, type] = {
     "resampled": Resampled,
     "least_visited": LeastVisited,
 }
+
+
+def diminished(value_E: np.ndarray, num_selected_E: np.ndarray, diminish: float) -> np.ndarray:
+    """value / (1 + times selected)^diminish: what a prompt still teaches falls with each time that it was met.
+
+    Were values to stay as they are, the best choices by it would make the sum over prompts of
+    value * (1 + 2^-diminish + ... + uses^-diminish) as large as it can be. 0 leaves the value as it is.
+    """
+    return value_E / (1.0 + num_selected_E) ** diminish if diminish else value_E
 
 
 def entropy(probs_ES: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +25,11 @@ WIDTH, HEIGHT = 3.6, 2.9  # inches of a panel
 
 
 def draw(plan: Plan, records: Sequence[Record], tables: dict[str, Table], folder: Path) -> None:
-    """accuracy.svg, mixed.svg, calibration.svg and cost.svg into `folder`."""
+    """accuracy.svg, mixed.svg, calibration.svg and cost.svg into `folder`, of the settings that have runs."""
     import matplotlib
 
+    made = {record["setting"] for record in records}
+    plan = replace(plan, methods_of={setting: of for setting, of in plan.methods_of.items() if setting in made})
     with matplotlib.rc_context(plots.STYLE):
         figures = {
             "accuracy": accuracy(plan, records),

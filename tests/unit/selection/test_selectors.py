@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,7 +10,7 @@ from dpsrl.selection.admission import build_admission
 from dpsrl.selection.beliefs import BELIEFS
 from dpsrl.selection.entries import Entries
 from dpsrl.selection.picks import PICKS, Choices, GumbelTopK, top_k
-from dpsrl.selection.scores import SCORES, entropy
+from dpsrl.selection.scores import SCORES, diminished, entropy
 from dpsrl.types import UserError
 
 
@@ -51,6 +53,32 @@ def test_entropy_weight_adds_the_entropy_of_the_prior():
     selector.observe(np.array([0]), np.array([4]), np.array([8]))
     # prior (0.3, 0.4, 0.3): H = -(0.6 ln 0.3 + 0.4 ln 0.4) = 1.0889; prior (1/3, ..): H = ln 3 = 1.0986
     np.testing.assert_allclose(selector.score(), [0.4 + 0.10889, 1 / 3 + 0.10986], atol=1e-5)
+
+
+@pytest.mark.parametrize("diminish", [0.3, 0.5, 1.0, 2.0])
+def test_what_was_met_often_is_worth_less_just_so_that_the_sum_is_largest(diminish):
+    """Against all ways of sharing eight choices out."""
+    value = np.array([0.9, 0.5, 0.4])
+
+    def worth(uses):
+        return sum(v * (np.arange(1, n + 1) ** -diminish).sum() for v, n in zip(value, uses, strict=True))
+
+    uses = np.zeros(3, dtype=np.uint16)
+    for _ in range(8):
+        uses[np.argmax(diminished(value, uses, diminish))] += 1
+    best = max(worth(shared) for shared in itertools.product(range(9), repeat=3) if sum(shared) == 8)
+    assert worth(uses) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("method", ["dps", "forecast"])
+def test_diminish_divides_the_score_by_uses(method):
+    plain, less = (build(method, num_prompts=6, diminish=diminish) for diminish in (0.0, 0.5))
+    for selector in (plain, less):
+        selector.mark_selected([0, 1])
+        selector.mark_selected([1])
+        selector.observe(np.array([0, 1, 2]), np.array([4, 4, 4]), np.full(3, 8))
+    np.testing.assert_allclose(less.score(), plain.score() / np.sqrt([2, 3, 1, 1, 1, 1]))
+    np.testing.assert_array_equal(less.predict(), plain.predict())  # of what it predicts nothing changes
 
 
 def test_entropy_of_certainty_is_zero():
