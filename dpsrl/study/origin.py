@@ -39,9 +39,14 @@ def setups_of(jobs: Sequence[Job]) -> dict[tuple[str, str], Setup]:
 
 def setup_of(job: Job) -> Setup:
     config = load_config(job.arguments)
-    text = json.dumps(asdict(config) | {"seed": None}, sort_keys=True).replace(str(PACKAGE_DIR), "")
+    text = json.dumps(given(asdict(config) | {"seed": None}), sort_keys=True).replace(str(PACKAGE_DIR), "")
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     return Setup(digest, config.train.batch, config.rollout.num_rollouts)
+
+
+def given(values: dict[str, Any]) -> dict[str, Any]:
+    """Without what is None, which stands for "as if there were no such key": one that is new changes no older run."""
+    return {k: given(v) if isinstance(v, dict) else v for k, v in values.items() if v is not None}
 
 
 def job_file(run_dir: Path) -> Path:
