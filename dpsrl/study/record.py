@@ -48,6 +48,7 @@ def record_of(run_dir: Path, batch_rollouts: int) -> dict[str, Any]:
         "response_tokens": num_tokens / summary["num_rollouts"],
         "coverage": last.get("selection/coverage"),
         "coverage_chosen": chosen_coverage(history, last),
+        "mixed_prompts": mixed_prompts(history),
         "uses_max": last.get("selection/uses_max"),
         "short_steps": sum(record.get("selection/num_short", 0) > 0 for record in steps),
         "num_missing": sum(record.get("rollout/num_missing", 0) for record in steps),
@@ -100,6 +101,12 @@ def chosen_coverage(history: History, last: Record) -> float | None:
     num_prompts = sum(value for name, value in last.items() if name.startswith("selection/occupancy/"))
     num_chosen = np.unique(history.prompt_G[~history.audited_G]).size
     return num_chosen / num_prompts if num_prompts else None
+
+
+def mixed_prompts(history: History) -> int | None:
+    """How many prompts had a mixed group that was trained on; None where groups were not written down."""
+    taught = history.prompt_G[history.mixed_G & history.admitted_G]
+    return np.unique(taught).size if len(history) else None
 
 
 def judged_selected(history: History) -> dict[str, float] | None:

@@ -117,6 +117,18 @@ def difference(own: Runs, other: Runs, of: Value) -> list[float | None] | None:
     return spread(np.array([a - b for a, b in pairs if a is not None and b is not None]))
 
 
+def at_equal_rollouts(own: Runs, reference: Runs) -> list[float | None] | None:
+    """As `difference` of final accuracies, but the reference's is that after as many rollouts as `own` spent in all.
+
+    Linear between evaluations; where `own` spent more than the reference did, it is the reference's last.
+    """
+    if own is reference:
+        return None
+    pairs = zip(*(runs.by_seed.values() for runs in paired(own, reference)), strict=True)
+    curves = [(final_accuracy(a), a["num_rollouts"], b["curve"]) for a, b in pairs]
+    return spread(np.array([end - np.interp(num, c["rollouts"], c["accuracy"]) for end, num, c in curves]))
+
+
 def spread(values_S: np.ndarray) -> list[float | None] | None:
     """[mean, half its 95% t-interval], the half None for one value; None for no value."""
     return [known(number) for number in mean_interval(values_S)] if values_S.size else None
@@ -156,6 +168,7 @@ def accuracy_row(runs: Runs, reference: Runs, uniform: Runs) -> Row:
         "before": runs.mean(lambda r: r["curve"]["accuracy"][0]),
         "accuracy": spread(runs.values(final_accuracy)),
         "minus_reference": difference(runs, reference, final_accuracy),
+        "at_equal_rollouts": at_equal_rollouts(runs, reference),
         "minus_uniform": difference(runs, uniform, final_accuracy),
         "rollouts": runs.mean(itemgetter("num_rollouts")),
         "response_tokens": runs.mean(itemgetter("response_tokens")),
@@ -191,6 +204,7 @@ def selection_row(runs: Runs, ours: Runs) -> Row:
         "mixed_share": spread(runs.values(mixed_share)),
         "ours_minus_it": difference(ours, runs, mixed_share) if ours else None,
         "brier_chosen": runs.mean(lambda r: r["selected"] and r["selected"]["brier"]),
+        "mixed_prompts": runs.mean(lambda r: r.get("mixed_prompts")),
     } | {name: runs.mean(itemgetter(name)) for name in names}
 
 

@@ -40,7 +40,9 @@ FIGURES = {
     "mixed": "mixed share over steps",
     "calibration": "predicted and realised share of mixed groups",
 }
-DIFFERENCES = ("minus_reference", "minus_uniform", "ours_minus_it", "accuracy_difference", "mixed_difference")
+DIFFERENCES = (
+    "minus_reference", "at_equal_rollouts", "minus_uniform", "ours_minus_it", "accuracy_difference", "mixed_difference",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,7 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
         "accuracy before": lambda r: share(r["before"]),
         "at the end": lambda r: plus_minus(r["accuracy"]),
         "minus dynamic sampling's": lambda r: signed(r["minus_reference"]),
+        "minus that after as many rollouts": lambda r: signed(r["at_equal_rollouts"]),
         "minus uniform's": lambda r: signed(r["minus_uniform"]),
         "rollouts": lambda r: whole(r["rollouts"]),
         "tokens per rollout": lambda r: f"{r['response_tokens']:.2f}",
@@ -220,6 +223,7 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
         "coverage": lambda r: share(r["coverage"]),
         "coverage, chosen": lambda r: share(r["coverage_chosen"]),
         "most uses of a prompt": lambda r: whole(r["uses_max"]),
+        "prompts with mixed groups": lambda r: whole(r["mixed_prompts"]),
         "Brier, chosen": lambda r: share(r["brier_chosen"]),
         "selection, ms a step": lambda r: "" if r["select_ms"] is None else f"{r['select_ms']:.1f}",
     },

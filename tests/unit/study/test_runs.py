@@ -178,6 +178,14 @@ def test_a_configuration_is_the_same_wherever_the_code_lies_and_whatever_the_see
     assert origin.setup_of(first) != before  # the path was in it
 
 
+def test_a_key_that_older_code_did_not_have_makes_no_other_configuration():
+    """Where it is left to its method, as `selection.diminish` is; not where it says something."""
+    older = {"selection": {"method": "dps"}, "seed": 3}
+    newer = {"selection": {"method": "dps", "diminish": None}, "seed": 3, "extra": {"more": None, "on": False}}
+    assert origin.given(older) == older
+    assert origin.given(newer) == older | {"extra": {"on": False}}
+
+
 @pytest.mark.process
 def test_a_run_that_cannot_be_kept_has_failed_and_the_others_go_on(folder, tmp_path, monkeypatch):
     (tmp_path / "mended").touch()
@@ -267,6 +275,7 @@ def test_a_record_by_hand(folder, tmp_path):
     assert record["mixed_share"] == pytest.approx((100 * 0.5 + 300 * 0.25) / 400) and record["mixed_T"] == [0.5, 0.25]
     assert record["seconds"] == {"generate": 0, "train": 2.5, "sync": 0, "eval": 3.0} and record["short_steps"] == 1
     assert record["coverage_chosen"] == 0.2  # a and b of ten; c was audited
+    assert record["mixed_prompts"] == 1  # a, with two right of four; later it is solved
     assert record["selected"]["brier"] == pytest.approx((0.25**2 + 0.5**2 + 0.5**2) / 3)
     audit, seen = record["audit"]["all"], record["audit"]["seen"]
     assert (audit["alarms"], audit["hits"], audit["mixed"]) == (2, 1, 2)

@@ -54,6 +54,10 @@ def test_accuracies_and_their_paired_differences(tables):
     assert mine["accuracy"] == pytest.approx([0.42, half], abs=1e-4)
     assert mine["minus_uniform"] == pytest.approx([0.1, 0.0])  # the same for each seed, whatever the seeds' own spread
     assert mine["minus_reference"] == pytest.approx([0.0, 0.0])
+    # dynamic sampling has 0.25 after 200 of its 800 rollouts, halfway to its first evaluation
+    assert mine["at_equal_rollouts"] == pytest.approx([0.15, 0.0])
+    assert row(tables, "easy/accuracy", "uniform")["at_equal_rollouts"] == pytest.approx([0.05, 0.0])
+    assert row(tables, "easy/accuracy", "dynamic")["at_equal_rollouts"] is None
     assert (mine["seeds"], mine["before"], mine["rollouts"], mine["seconds"]) == (3, pytest.approx(0.22), 200, 1.0)
     assert row(tables, "easy/accuracy", "dynamic")["minus_reference"] is None
 
@@ -216,10 +220,11 @@ def test_several_versions_of_the_code_are_told_of():
 
 
 def test_how_many_intervals_chance_would_take_off_zero(eight):
-    # accuracy: 2 against dynamic, 2 against uniform; mixed share: 2 against ours; the variant has one seed and none
+    # accuracy: 2 against dynamic, 2 against it after as many rollouts, 2 against uniform; mixed share: 2 against ours;
+    # the variant has one seed and none
     assert eight["multiplicity"].notes == [
-        "These tables have 6 intervals of differences. Were there no difference anywhere, about 0 of them would "
-        "exclude zero by chance; 5 do."  # all but forecast against dynamic
+        "These tables have 8 intervals of differences. Were there no difference anywhere, about 0 of them would "
+        "exclude zero by chance; 7 do."  # all but forecast against dynamic
     ]
 
 
