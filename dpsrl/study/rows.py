@@ -176,15 +176,20 @@ def accuracy_row(runs: Runs, reference: Runs, uniform: Runs) -> Row:
     }
 
 
-def cost_row(runs: Runs, reference: Runs) -> Row:
+def cost_row(runs: Runs, reference: Runs, uniform: Runs) -> Row:
     """For each cost and share of the target a ratio with its state, None where it cannot be paired.
 
-    `reached`: seeds whose own last accuracy is at least the reference's of the same seed.
+    `reached`: seeds whose own last accuracy is at least the reference's of the same seed. `rollouts/uniform`: until
+    the final accuracy of uniform sampling, over all that this spent.
     """
+    mine, uniform = paired(runs, uniform)
     runs, reference = paired(runs, reference)
     row: Row = {"seeds": len(runs.seeds)}
     if not runs:
         return row
+    if mine:
+        ratio = cost_ratio_interval(mine.curves("rollouts"), uniform.curves("rollouts"), 1.0)
+        row["rollouts/uniform"] = told_ratio(ratio)
     for cost in COSTS:
         comparable = cost != "seconds" or same_cores(runs, reference)
         own, other = runs.curves(cost), reference.curves(cost)

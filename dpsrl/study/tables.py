@@ -68,7 +68,7 @@ def tables_of(plan: Plan, records: Sequence[Record]) -> dict[str, Table]:
         reference, ours, uniform = (found.get(name, Runs({})) for name in (plan.reference, plan.ours, "uniform"))
         kinds: dict[str, Callable[[Runs], Row]] = {
             "accuracy": partial(accuracy_row, reference=reference, uniform=uniform),
-            "cost": partial(cost_row, reference=reference),
+            "cost": partial(cost_row, reference=reference, uniform=uniform),
             "selection": partial(selection_row, ours=ours),
             "prediction": prediction_row,
         }
@@ -213,6 +213,7 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
             for target in SHARES
             for cost in COSTS
         },
+        "rollouts to uniform's accuracy, of all its rollouts": partial(cell, form=ratio, key="rollouts/uniform"),
         "seeds that end at or above it": lambda r: str(r["reached"]),
         "steps with a short batch": lambda r: f"{r['short_steps']:.1f}",
     },

@@ -69,6 +69,9 @@ def test_costs_and_what_is_never_reached(tables, eight):
         assert mine["rollouts/all"] == whole and mine["seconds/all"]["value"] == 1.0
         assert mine["reached"] == mine["seeds"] and uniform["reached"] == 0
         assert uniform["rollouts/all"]["state"] == "censored" and uniform["rollouts/all"]["spent"] == 0.25
+        # uniform's 0.3 is where forecast is after half of as many rollouts; dynamic has it after 400
+        assert mine["rollouts/uniform"]["value"] == pytest.approx(0.5)
+        assert row(found, "easy/cost", "dynamic")["rollouts/uniform"]["value"] == pytest.approx(2.0)
     # 95% of 0.42 is 0.399, 179/200 of the way: all that uniform spent is 200 of the 716 that dynamic needed for it
     assert row(tables, "easy/cost", "uniform")["rollouts/95%"]["spent"] == pytest.approx(200 / 716)
 
