@@ -26,6 +26,7 @@ from dpsrl.sweep import PLAIN, log_of
 from dpsrl.types import UserError
 
 DOCS = Path("docs")
+PAGES = (DOCS / "results.md", Path("README.md"))  # with tables of a study that is published
 KEYS = {"study", "settings", "methods", "seeds", "lanes", "runs", "published", "out"}
 USAGE = """usage: python -m dpsrl.study [key=value ...]
 
@@ -137,9 +138,9 @@ def publish(
         data.parent.mkdir(parents=True, exist_ok=True)
         data.write_text(compact(plan, records))
         draw(plan, records, tables, data.parent)
-        page = DOCS / "results.md"
-        if page.is_file():
-            page.write_text(fill(page.read_text(), tables))
+        for page in PAGES:
+            if page.is_file():
+                page.write_text(fill(page.read_text(), tables))
 
 
 def compact(plan: Plan, records: list[Record]) -> str:

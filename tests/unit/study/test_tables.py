@@ -276,6 +276,8 @@ def test_the_page_says_what_its_runs_say():
     assert fill(page, tables) == page
     marked = re.findall(r"<!-- study: ([\w/]+) -->", page)
     assert set(marked) <= tables.keys() | {f"figure/{name}" for name in FIGURES} and "countdown/cost" in marked
+    readme = (ROOT / "README.md").read_text()
+    assert fill(readme, tables) == readme and "<!-- study: hard/accuracy -->" in readme
 
 
 def test_every_table_of_the_plan_is_on_the_page():
