@@ -7,12 +7,12 @@ processes with other weights. Owns whether it gets them; what they do in a run i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dpsrl.cluster import Cluster
+from dpsrl.cluster import Cluster, PartyLost
 from dpsrl.config import Config
 from dpsrl.pools import RolloutPool, TrainerPool, transfer_backend
 from dpsrl.stops import StopRequests
@@ -78,31 +78,35 @@ class Keeper:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._end_kept()
-
-    def _end_kept(self) -> None:
-        crew, self._kept = self._kept, None
-        if crew is not None:
-            crew.close()
+        if self._kept is not None:
+            self._kept.close()
 
     @contextmanager
     def crew(self, config: Config, log_dir: Path, stops: StopRequests | None) -> Iterator[Crew]:
         """One for a run of `config`, its logs in `log_dir`. A crew that has seen an error is ended."""
-        if self._kept is not None and not self._kept.suits(config):
-            self._end_kept()
-        crew, self._kept = self._kept, None
+        crew = self._taken_up(config, log_dir, stops) or Crew(config, log_dir, stops)
         try:
-            if crew is None:
-                crew = Crew(config, log_dir, stops)
-            else:
-                crew.take_up(config, log_dir, stops)
             yield crew
             if self.keeps and not crew.rollouts.outstanding:
                 crew.rest()
                 self._kept = crew
         finally:
-            if crew is not None and crew is not self._kept:
+            if crew is not self._kept:
                 crew.close()
+
+    def _taken_up(self, config: Config, log_dir: Path, stops: StopRequests | None) -> Crew | None:
+        """The kept crew, where it suits and all of it is alive; else it is ended."""
+        crew, self._kept = self._kept, None
+        if crew is None:
+            return None
+        with ExitStack() as unless_taken:
+            unless_taken.callback(crew.close)
+            if crew.suits(config):
+                with suppress(PartyLost):
+                    crew.take_up(config, log_dir, stops)
+                    unless_taken.pop_all()
+                    return crew
+        return None
 
 
 def needs(config: Config) -> dict[str, Any]:

@@ -8,6 +8,7 @@ began with, so that its old logprobs need no pass of their own. Those of later u
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import socket
@@ -78,7 +79,10 @@ class TrainerWorker:
         """As after `start` with that configuration, which asks for the same device and ranks."""
         if self.sender is not None:
             self.sender.close()
-        self._begin(config)  # what it held is free before the next is loaded
+        self._begin(config)
+        gc.collect()  # what was held, in circles, is free before the next is loaded
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         self._load_all()
 
     def _load_all(self) -> None:

@@ -3,6 +3,7 @@
 import pytest
 
 from dpsrl import crew
+from dpsrl.cluster import PartyLost
 from dpsrl.config import load_config
 
 
@@ -12,6 +13,8 @@ class StandIn(crew.Crew):
         self.outstanding = {}
 
     def take_up(self, config, log_dir, stops):
+        if self.state == "lost":
+            raise PartyLost("engine-0 died", [])
         self.state = "kept"
 
     def rest(self):
@@ -72,6 +75,15 @@ def test_after_an_error_or_with_rollouts_under_way_nothing_is_kept():
         assert first.state == "ended"
         second, state = lend(keeper, outstanding={1: "a request"})
         assert state == "new" and second.state == "ended"
+
+
+def test_where_one_of_them_has_died_since_the_run_starts_its_own():
+    with crew.Keeper(keeps=True) as keeper:
+        first, _ = lend(keeper)
+        first.state = "lost"
+        second, state = lend(keeper)
+        assert state == "new" and first.state == "ended"
+        assert lend(keeper) == (second, "kept")
 
 
 def test_a_run_of_its_own_keeps_nothing():
