@@ -260,6 +260,7 @@ class Cluster:
 
 
 def watchdog_limit_s(config: Config) -> float:
+    """Seconds that the driver may take between two looks at its waits: longer than any of them has."""
     return 2 * max(config.run.stall_s, config.run.start_s) + 60
 
 
