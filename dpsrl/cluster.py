@@ -26,6 +26,7 @@ from dpsrl.config import Config
 from dpsrl.guard import Guard, children
 from dpsrl.machine import num_cores
 from dpsrl.resources import check_resources, resource_plan
+from dpsrl.screen import output_to
 from dpsrl.stops import StopRequests
 from dpsrl.types import StateLost, UserError
 from dpsrl.watchdog import Watchdog
@@ -353,9 +354,7 @@ def _logged(cls: type, path: str) -> type:
 
         def log_to(self, path: str) -> None:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            for descriptor in (1, 2):
-                os.dup2(log, descriptor)
+            log = output_to(path)
             faulthandler.register(signal.SIGUSR1, file=log, all_threads=True)
             if self.log is not None:
                 os.close(self.log)

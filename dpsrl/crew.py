@@ -47,7 +47,7 @@ class Crew:
     def rest(self) -> None:
         """The run is over: what was its own alone is ended, and nobody is waited for."""
         mine = {*self.rollouts.engines, *self.trainers.ranks}
-        for actor in [actor for actor in self.cluster.actors if actor not in mine]:
+        for actor in self.cluster.actors.keys() - mine:
             self.cluster.kill(actor)
         self._at_rest.enter_context(self.cluster.watchdog.paused())
 

@@ -50,16 +50,14 @@ class Lane:
 def main() -> int:
     from dpsrl import train
     from dpsrl.crew import Keeper
+    from dpsrl.screen import output_to
 
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     with Keeper(keeps=True) as keeper:
         for line in sys.stdin:
             job = json.loads(line)
-            log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            os.close(log)
+            os.close(output_to(job["log"]))
             try:
                 code = train.main(job["arguments"], keeper)
             except Exception:  # of one run, which a process of its own would end with in the same way

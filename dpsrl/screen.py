@@ -35,6 +35,17 @@ TAKEN_WITHIN_S = 0.2  # a terminal that takes nothing must not stop the run
 KEPT_LINES = 100  # to be shown again when the panel was drawn anew
 
 
+def output_to(log_path: Path | str) -> int:
+    """From here on what this process and its children write to stdout and stderr goes to that file, at its end.
+
+    The file's descriptor, which the caller closes.
+    """
+    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    return log
+
+
 class Outlet:
     """A stream that may go away, a lost terminal or a closed pipe: what is written then is dropped, without an error.
 
@@ -135,10 +146,7 @@ class Screen:
         flush_all()
         # os.dup makes descriptors that child processes do not inherit: theirs are the log.
         saved = (os.dup(1), os.dup(2))
-        log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os.close(log)
+        os.close(output_to(log_path))
         words: dict[str, Any] = {"encoding": "utf-8", "errors": "replace"}
         terminal: Terminal | None
         file: TextIO

@@ -41,8 +41,10 @@ class PartialScore:
 
     def __call__(self, belief: Belief, num_selected_E: np.ndarray) -> np.ndarray:
         prior_ES = belief.predict()
-        bonus_E = self.entropy_weight * entropy(prior_ES) if self.entropy_weight else 0.0
-        return diminished(prior_ES[:, hmm.PARTIAL] + bonus_E, num_selected_E, self.diminish)
+        value_E = prior_ES[:, hmm.PARTIAL]
+        if self.entropy_weight:
+            value_E = value_E + self.entropy_weight * entropy(prior_ES)
+        return diminished(value_E, num_selected_E, self.diminish)
 
     def of_rate(self, rate: np.ndarray, num_rollouts: int) -> np.ndarray:
         unsolved, solved = (1.0 - rate) ** num_rollouts, rate**num_rollouts

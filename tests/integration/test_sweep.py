@@ -22,8 +22,7 @@ def test_a_sweep_of_real_runs(start, tmp_path):
     )  # each seed and method its own
     page = (tmp_path / "grid/report.html").read_text()
     assert all(path.name in page for path in folders)
-    starts = [json.loads((path / "summary.json").read_text())["time_s"]["start"] for path in folders]
-    assert len({(path / "logs/engine-0.log").read_text() for path in folders}) == 4, starts
+    assert len({(path / "logs/engine-0.log").read_text() for path in folders}) == 4
 
     again = start.run_module("dpsrl.train", *arguments)
     assert again.returncode == 0 and again.stdout.count("finished before") == 4
