@@ -48,8 +48,8 @@ check: install  ## Lint, format, types and the quick unit tests: about a minute
 docker:  ## Build the image dpsrl:cpu, or with GPU=1 dpsrl:gpu; ARGS="--build-arg PIP_INDEX_URL=..." goes to docker
 	docker build --file docker/Dockerfile --build-arg DPSRL_EXTRA=$(if $(GPU),gpu,cpu) --tag dpsrl:$(if $(GPU),gpu,cpu) $(ARGS) .
 
-docker-check: install  ## Build the CPU image without Docker and train in it, as root: half an hour
-	@$(PYTHON_BIN) scripts/check_image.py $(ARGS)
+docker-check: install  ## Build the CPU image without Docker and train in it, as root: half an hour; GPU=1 for the other image
+	@DPSRL_EXTRA=$(if $(GPU),gpu,cpu) $(PYTHON_BIN) scripts/check_image.py $(ARGS)
 
 clean:  ## Remove caches and build outputs; .venv and runs stay
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,6 +1,10 @@
-"""Builds the CPU image without Docker, on a clean root, and trains in it as its user: `make docker-check`.
+"""Builds an image without Docker, on a clean root, and uses it as its user: `make docker-check`.
 
     python scripts/check_image.py [KEY=VALUE ...]     keys go to the run in the image
+    DPSRL_EXTRA=gpu python scripts/check_image.py     the GPU image: what a machine without a card can show of it
+
+In the CPU image two steps are trained. The GPU image's stack is loaded and its doctor asked, to whom no card is a
+finding.
 
 Where no image registry can be reached, debootstrap makes the root that Debian's images are made from, out of the
 package mirror that this machine uses, and buildah builds docker/Dockerfile on it. pip's mirrors are this machine's too:
@@ -24,6 +28,7 @@ DOCKERFILE = ROOT / "docker" / "Dockerfile"
 SUITES = {"12": "bookworm", "13": "trixie"}
 FEW_STEPS = ["train.steps=2", "data.countdown.num_train=64", "data.countdown.num_test=16", "train.batch=16",
              "eval.num_rollouts=2", "run.dir=/work/runs/check"]  # fmt: skip
+DOCTOR = ["python", "-m", "dpsrl.doctor"]
 
 
 class Builder:
@@ -92,23 +97,29 @@ def pip_settings(folder: Path) -> tuple[Path, list[str]]:
     return folder / "pip.conf", sorted(mounts)
 
 
-def check(build: Builder, folder: Path, keys: list[str]) -> None:
+def check(build: Builder, folder: Path, extra: str, keys: list[str]) -> None:
     print("check_image: making a clean root", flush=True)
     base = clean_root(build, folder)
     config, mounts = pip_settings(folder)
-    print("check_image: building docker/Dockerfile on it", flush=True)
+    print(f"check_image: building docker/Dockerfile on it, DPSRL_EXTRA={extra}", flush=True)
     build(
-        "build", "--isolation=chroot", "--layers", f"--build-arg=BASE_IMAGE={base}", f"--secret=id=pip,src={config}",
-        *mounts, "--file", str(DOCKERFILE), "--tag", "dpsrl:cpu", str(ROOT),
+        "build", "--isolation=chroot", "--layers", f"--build-arg=BASE_IMAGE={base}", f"--build-arg=DPSRL_EXTRA={extra}",
+        f"--secret=id=pip,src={config}", *mounts, "--file", str(DOCKERFILE), "--tag", f"dpsrl:{extra}", str(ROOT),
     )  # fmt: skip
-    image = json.loads(build.output("inspect", "--type=image", "localhost/dpsrl:cpu"))["OCIv1"]["config"]
-    container = build.output("from", "localhost/dpsrl:cpu")
+    name = f"localhost/dpsrl:{extra}"
+    image = json.loads(build.output("inspect", "--type=image", name))["OCIv1"]["config"]
+    size = build.output("images", "--format", "{{.Size}}", name)
+    container = build.output("from", name)
+    if extra == "gpu":
+        print(f"check_image: as {image['User']}: {' '.join(DOCTOR)}", flush=True)
+        build("run", "--isolation=chroot", container, "--", "sh", "-c", f"{' '.join(DOCTOR)} || test $? = 1")
+        print(f"check_image: an image of {size}, built and loaded; only a card can show that it trains")
+        return
     command = [*image["Entrypoint"], "+recipe=quickstart", *FEW_STEPS, *keys]
     print(f"check_image: as {image['User']}: {' '.join(command)}", flush=True)
     build("run", "--isolation=chroot", container, "--", *command)
     summary = build.output("run", "--isolation=chroot", container, "--", "cat", "/work/runs/check/summary.json")
     owner = build.output("run", "--isolation=chroot", container, "--", "stat", "-c", "%u", "/work/runs/check")
-    size = build.output("images", "--format", "{{.Size}}", "localhost/dpsrl:cpu")
     print(f"check_image: {json.loads(summary)['steps']} steps in an image of {size}, run folder owned by user {owner}")
 
 
@@ -120,11 +131,15 @@ def main(keys: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
+    extra = os.environ.get("DPSRL_EXTRA") or "cpu"
+    if extra not in ("cpu", "gpu"):
+        print(f"check_image: DPSRL_EXTRA is {extra!r}: set it to cpu or gpu", file=sys.stderr)
+        return 2
     (ROOT / "build").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="image-", dir=ROOT / "build") as folder:
         build = Builder(Path(folder))
         try:
-            check(build, Path(folder), keys)
+            check(build, Path(folder), extra, keys)
         except subprocess.CalledProcessError as error:
             print(f"check_image: {error.cmd[0]} {error.cmd[1]} ended with {error.returncode}", file=sys.stderr)
             return 1
