@@ -42,6 +42,7 @@ class Tried:
 
     facts: Any
     fault: str
+    is_late: bool = False  # its time was over: perhaps it is only slow
 
 
 def attempt(code: str, deadline_s: float, *arguments: str) -> Tried:
@@ -58,7 +59,7 @@ def attempt(code: str, deadline_s: float, *arguments: str) -> Tried:
     try:
         out, err = process.communicate(timeout=deadline_s)
     except subprocess.TimeoutExpired:
-        return Tried(None, f"did not come to an end within {deadline_s:.0f} s")
+        return Tried(None, f"did not come to an end within {deadline_s:.0f} s", is_late=True)
     finally:
         _end(process)
     for line in reversed(out.decode(errors="replace").splitlines()):

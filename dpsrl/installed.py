@@ -150,7 +150,8 @@ def _finding(pin: Pin, tried: Tried | None) -> Finding:
         return Finding("packages", pin.name, bad, f"not installed{why}", how_to_install(pin), fatal)
     if tried.fault:
         found = f"{version or 'of no known version'}, does not load: {tried.fault}{why}"
-        return Finding("packages", pin.name, bad, found, how_to_install(pin, again=True), fatal)
+        first = "give a slow disk or a busy machine more time, --deadline=600; if it takes that too: " * tried.is_late
+        return Finding("packages", pin.name, bad, found, first + how_to_install(pin, again=True), fatal)
     if not version:
         return Finding("packages", pin.name, WARNING, f"loads, of no known version{wanted}", how_to_install(pin))
     if not pin.accepts(version):

