@@ -87,7 +87,7 @@ class Keeper:
         crew = self._taken_up(config, log_dir, stops) or Crew(config, log_dir, stops)
         try:
             yield crew
-            if self.keeps and not crew.rollouts.outstanding:
+            if self.keeps and can_be_kept(config) and not crew.rollouts.outstanding:
                 crew.rest()
                 self._kept = crew
         finally:
@@ -107,6 +107,14 @@ class Keeper:
                     unless_taken.pop_all()
                     return crew
         return None
+
+
+def can_be_kept(config: Config) -> bool:
+    """After a run of `config`. In ZeRO's stages and in bfloat16 DeepSpeed's hooks hold what they belong to for ever, so
+    that a trainer's memory would grow with each run; and on GPUs it has not been tried.
+    """
+    in_float32 = config.trainer.zero_stage == 0 and config.model.dtype == "float32"
+    return config.cluster.device == "cpu" and in_float32
 
 
 def needs(config: Config) -> dict[str, Any]:
