@@ -77,6 +77,15 @@ def test_after_an_error_or_with_rollouts_under_way_nothing_is_kept():
         assert state == "new" and second.state == "ended"
 
 
+def test_a_trainer_that_could_not_be_freed_is_not_kept():
+    with crew.Keeper(keeps=True) as keeper:
+        first, _ = lend(keeper)
+        assert lend(keeper, "trainer.zero_stage=1") == (first, "kept") and first.state == "ended"
+        for change in ("trainer.zero_stage=2", "model.dtype=bfloat16"):
+            lent, state = lend(keeper, change)
+            assert (state, lent.state) == ("new", "ended")
+
+
 def test_where_one_of_them_has_died_since_the_run_starts_its_own():
     with crew.Keeper(keeps=True) as keeper:
         first, _ = lend(keeper)
