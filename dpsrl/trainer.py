@@ -81,8 +81,6 @@ class TrainerWorker:
             self.sender.close()
         self._begin(config)
         gc.collect()  # what was held, in circles, is free before the next is loaded
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
         self._load_all()
 
     def _load_all(self) -> None:
