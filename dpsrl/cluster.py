@@ -35,6 +35,7 @@ RAY_ATTEMPTS = 3
 SLICE_S = 1.0  # how long a wait goes on before Ctrl-C and deadlines are looked at
 PEERS_FAIL_WITHIN_S = 5.0  # after one party's error, to learn whether another's death is behind it
 STACKS_WITHIN_S = 2.0
+HANDS_OVER_WITHIN_S = 60.0  # for a process that rests to open the next run's log
 SIGNALS_WITHIN_S = 15.0  # for a process on another machine to start and to send them
 
 # --- the cluster --------------------------------------------------------------------------------------
@@ -104,9 +105,10 @@ class Cluster:
         """Serves another run from here on, whose processes would be the same."""
         self.config, self.log_dir = config, log_dir.absolute()
         self.stops = stops or self.stops
+        self._interrupts.clear()
         self.watchdog.limit_s = watchdog_limit_s(config)
         calls = {actor: actor.log_to.remote(self._log_of(name)) for actor, name in self.actors.items()}
-        self.get(calls, "open its log")
+        self.get(calls, "open its log", HANDS_OVER_WITHIN_S)
 
     def _log_of(self, name: str) -> str:
         return str(self.log_dir / f"{name}.log")

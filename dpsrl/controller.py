@@ -184,6 +184,13 @@ class Controller:
                 self._admitted[outcome.index] = None
         return admitted
 
+    def came_back(self, outcomes: Sequence[Outcome]) -> tuple[list[bool], list[bool], list[tuple[int, float]]]:
+        """Of each group, whether to train on it and whether its prompt was drawn for the audit; and the prompts to roll
+        out in place of those that are not trained on.
+        """
+        admitted = self.admit(outcomes)
+        return admitted, self.audited([outcome.index for outcome in outcomes]), self.refill()
+
     def audited(self, ids: Sequence[int]) -> list[bool]:
         """Of prompts that came back in this step, whether each was drawn at random for the audit."""
         return [self._came_back[index][1].audited for index in ids]

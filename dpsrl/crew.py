@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dpsrl.cluster import Cluster, PartyLost
+from dpsrl.cluster import Cluster
 from dpsrl.config import Config
 from dpsrl.pools import RolloutPool, TrainerPool, transfer_backend
 from dpsrl.stops import StopRequests
@@ -27,7 +27,7 @@ class Crew:
     """
 
     def __init__(self, config: Config, log_dir: Path, stops: StopRequests | None) -> None:
-        self._made_for, self.config, self.is_new = needs(config), config, True
+        self._made_for, self.is_new = needs(config), True
         backend = transfer_backend(config)
         with ExitStack() as started:
             self.cluster = started.enter_context(Cluster(config, log_dir, stops=stops))
@@ -52,19 +52,17 @@ class Crew:
         self._at_rest.enter_context(self.cluster.watchdog.paused())
 
     def take_up(self, config: Config, log_dir: Path, stops: StopRequests | None) -> None:
-        """The next run begins."""
+        """The next run begins: all are as they would be after a start, but for the engines' weights."""
         self._at_rest.close()
-        self.config, self.is_new = config, False
+        self.is_new = False
         self.cluster.take_up(config, log_dir, stops)
+        self.rollouts.renew(config)
+        self.trainers.renew(config)
 
     def wait_until_up(self) -> None:
-        """Until all are as they would be after a start, but for the engines' weights."""
         if self.is_new:
             self.trainers.start()
             self.rollouts.wait_until_up()
-        else:
-            self.rollouts.renew(self.config)
-            self.trainers.renew(self.config)
 
 
 class Keeper:
@@ -88,21 +86,24 @@ class Keeper:
         try:
             yield crew
             if self.keeps and can_be_kept(config) and not crew.rollouts.outstanding:
-                crew.rest()
-                self._kept = crew
+                with suppress(Exception):  # the run has ended well, and its crew is ended below
+                    crew.rest()
+                    self._kept = crew
         finally:
             if crew is not self._kept:
                 crew.close()
 
     def _taken_up(self, config: Config, log_dir: Path, stops: StopRequests | None) -> Crew | None:
-        """The kept crew, where it suits and all of it is alive; else it is ended."""
+        """The kept crew, where it suits and the hand-over works; else it is ended. What is wrong with the run itself
+        comes out again when it starts its own.
+        """
         crew, self._kept = self._kept, None
         if crew is None:
             return None
         with ExitStack() as unless_taken:
             unless_taken.callback(crew.close)
             if crew.suits(config):
-                with suppress(PartyLost):
+                with suppress(Exception):
                     crew.take_up(config, log_dir, stops)
                     unless_taken.pop_all()
                     return crew

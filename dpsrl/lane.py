@@ -52,10 +52,12 @@ def main() -> int:
     from dpsrl.crew import Keeper
     from dpsrl.screen import output_to
 
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    jobs, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
+    with open(os.devnull) as nothing:  # for the processes of its runs, which inherit it
+        os.dup2(nothing.fileno(), 0)
     with Keeper(keeps=True) as keeper:
-        for line in sys.stdin:
+        for line in jobs:
             job = json.loads(line)
             os.close(output_to(job["log"]))
             try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -268,6 +268,8 @@ def launch(
         response_log = ResponseLog(folder.responses, config.log.responses, config.seed, num_generated, screen.line)
     except OSError as error:
         raise unwritable(folder.path, error) from error
+    for file in (metrics, group_log, response_log):
+        stack.enter_context(closing(file))
     if driver.record:
         metrics.restore(driver.record)
 

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import traceback
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,13 @@ _PATH = re.compile(rf"{_WORD}(\.{_WORD})*:{_WORD}")
 def is_own(name: object) -> bool:
     """Whether it is written as `my_module:name`."""
     return isinstance(name, str) and _PATH.fullmatch(name) is not None
+
+
+def has_own(config: object) -> bool:
+    """Whether any of its values is so written."""
+    if isinstance(config, (list, tuple)):
+        return any(map(has_own, config))
+    return any(map(has_own, vars(config).values())) if is_dataclass(config) else is_own(config)
 
 
 def load_own(name: str, label: str) -> Any:

@@ -50,13 +50,8 @@ class ControllerHandle:
     def select(self) -> list[tuple[int, float]]:
         return self._call(self.actor.select)
 
-    def admit(self, outcomes: list) -> tuple[list[bool], list[bool], list[tuple[int, float]]]:
-        """Of each group, whether to train on it and whether its prompt was drawn for the audit; and the prompts to roll
-        out in place of those that are not trained on.
-        """
-        ids = [outcome.index for outcome in outcomes]
-        calls = self.actor.admit.remote(outcomes), self.actor.audited.remote(ids), self.actor.refill.remote()
-        return tuple(self.cluster.get({self.actor: call}, "answer")[0] for call in calls)
+    def came_back(self, outcomes: list) -> tuple[list[bool], list[bool], list[tuple[int, float]]]:
+        return self._call(self.actor.came_back, outcomes)
 
     def observe(self, ahead: bool = False, begun: tuple[int, ...] = ()) -> dict[str, float]:
         return self._call(self.actor.observe, ahead, begun)
@@ -186,9 +181,12 @@ class RolloutPool:
         self._num_lost += len(why)
         if self._num_lost > MAX_LOST * len(self.engines):
             raise StallError(f"engines were lost {self._num_lost} times without a finished group: {why}")
-        homeless = [self.outstanding[i] for i, engine in self._holders.items() if engine in why]
         self.on_lost({self.engines.index(engine): reason for engine, reason in why.items()})
-        self.add(homeless)
+        self.resubmit()
+
+    def resubmit(self) -> None:
+        """Has what replaced engines were working on sampled again; they need the current weights before."""
+        self.add([self.outstanding[i] for i, engine in self._holders.items() if engine not in self.engines])
 
     def logprobs(self, token_ids: np.ndarray, indices: Iterable[int]) -> dict[int, tuple[int, np.ndarray]]:
         """(policy version, the canary's logprobs) of the engines at `indices`."""

@@ -34,7 +34,7 @@ from dpsrl.data.files import first_line
 from dpsrl.exits import code_of
 from dpsrl.files import written_beside
 from dpsrl.lane import Lane
-from dpsrl.own import is_own
+from dpsrl.own import has_own, is_own
 from dpsrl.report import Run, load_run, write_page
 from dpsrl.run_folder import RunFolder, unwritable
 from dpsrl.screen import duration
@@ -145,6 +145,7 @@ class Runs:
     def __init__(self) -> None:
         self.num_stops = 0
         self.processes: set[subprocess.Popen] = set()
+        self._composing = threading.Lock()  # hydra's state belongs to the process
         self._lanes: dict[int, Lane] = {}  # by thread, so that each has the cores of its own
 
     def __enter__(self) -> Runs:
@@ -166,17 +167,26 @@ class Runs:
     def run(self, entry: Sequence[str], arguments: Sequence[str], folder: Path) -> int:
         """The exit code of a run in `folder`; what it prints goes to the log beside it.
 
-        One of `dpsrl.train` gets engines and trainer from the one before in the same thread, where it can.
+        One of `dpsrl.train` gets engines and trainer from the one before in the same thread, where it can. With parts
+        of the user's own it gets a process of its own, since modules keep what they hold.
         """
         whole, log = [*arguments, f"run.dir={quoted(str(folder))}", "resume=auto"], log_of(folder)
-        if tuple(entry) == ENTRY:
+        log.touch()
+        if tuple(entry) == ENTRY and not self._has_own(whole):
             lane = self._lane(log)
             with self._under_way(lane.process):
                 return lane.run(whole, log)
+        thread = threading.get_ident()
+        if thread in self._lanes:
+            self._lanes.pop(thread).close()  # what it keeps would take memory and time from this run
         with log.open("ab") as file:
             process = subprocess.Popen([*entry, *whole], stdout=file, stderr=subprocess.STDOUT, process_group=0)
         with self._under_way(process):
             return process.wait()
+
+    def _has_own(self, arguments: Sequence[str]) -> bool:
+        with self._composing:
+            return has_own(load_config(list(arguments)))
 
     def _lane(self, log: Path) -> Lane:
         """This thread's; a new one where that has ended."""

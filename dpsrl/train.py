@@ -142,7 +142,7 @@ def next_groups(run: Run) -> list[Group]:
     counts = [run.outcome_rule.counts(group.rewards_G) for group in groups]
     outcomes = [Outcome(group.index, *count, group.policy_version) for group, count in zip(groups, counts)]
     with run.metrics.timer("time/select_ms"):
-        admitted, audited, more = run.controller.admit(outcomes)
+        admitted, audited, more = run.controller.came_back(outcomes)
     for (group, texts), count, is_admitted, is_audited in zip(taken, counts, admitted, audited, strict=True):
         _, predicted = driver.under_way.pop(group.index)
         if predicted == predicted:  # NaN where the method predicts nothing

@@ -117,6 +117,7 @@ class Weights:
             else:
                 worst, faults = self._judge(sent)
             if not faults:
+                self.rollouts.resubmit()
                 rate = self.trainers.num_weight_bytes * len(self.rollouts.engines) / elapsed_s / 1e9
                 return {"sync/canary_diff": worst, "sync/gb_per_s": rate}
             self._replace(faults)

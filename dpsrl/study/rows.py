@@ -64,6 +64,10 @@ class Runs:
         values = self.values(of)
         return float(values.mean()) if values.size else None
 
+    def median(self, of: Value) -> float | None:
+        values = self.values(of)
+        return float(np.median(values)) if values.size else None
+
     def curves(self, cost: str) -> Curves:
         rows = [self.by_seed[seed]["curve"] for seed in self.seeds]
         return Curves(np.array([r[cost] for r in rows], float), np.array([r["accuracy"] for r in rows], float))
@@ -172,7 +176,7 @@ def accuracy_row(runs: Runs, reference: Runs, uniform: Runs) -> Row:
         "minus_uniform": difference(runs, uniform, final_accuracy),
         "rollouts": runs.mean(itemgetter("num_rollouts")),
         "response_tokens": runs.mean(itemgetter("response_tokens")),
-        "seconds": runs.mean(seconds) if same_cores(runs, reference) else None,
+        "seconds": runs.median(seconds) if same_cores(runs, reference) else None,  # one run may have been held up
     }
 
 
@@ -226,8 +230,11 @@ def prediction_row(runs: Runs) -> Row:
         row[f"num/{part}"] = int(num_S.sum())
         row[f"mixed/{part}"] = told(pooled(sums["mixed"], num_S))
         if row["predicts"]:
+            share = row[f"mixed/{part}"]["value"]
+            row[f"brier_of_mean/{part}"] = None if share is None else share * (1 - share)
             row[f"brier/{part}"] = told(pooled(sums["squared_error"], num_S))
             row[f"calibration/{part}"] = told(pooled(gap_SK, num_S))
+            row[f"alarms/{part}"] = int(sums["alarms"].sum())
             row[f"precision/{part}"] = told(pooled(sums["hits"], sums["alarms"]))
             row[f"recall/{part}"] = told(pooled(sums["hits"], sums["mixed"]))
     return row
@@ -254,7 +261,7 @@ def ablation_row(runs: Runs, beside: Runs, variant: Variant) -> Row:
         "mixed_share": spread(runs.values(mixed_share)),
         "mixed_difference": difference(runs, beside, mixed_share) if same_size else None,
         "rollouts": runs.mean(itemgetter("num_rollouts")),
-        "seconds": runs.mean(seconds) if same_cores(runs, beside) else None,
+        "seconds": runs.median(seconds) if same_cores(runs, beside) else None,
     }  # fmt: skip
 
 

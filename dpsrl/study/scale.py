@@ -175,8 +175,8 @@ def cost(model: Model, num_gpus: int, method: Method, step: Step, c: Constants, 
         "train": train_s(model, step, trained / (num_gpus / 2), c),
         "sync": sync_s(model, num_gpus, c),
         "select": select_s(generated, c),
-        # A group that comes back is a call of admit and one of refill; select, observe, trained, occupancy come once.
-        "controller": (2 * generated + 4) * c["call_ms"] / 1e3,
+        # A group that comes back is one call at most; select, observe, trained, occupancy come once.
+        "controller": (generated + 4) * c["call_ms"] / 1e3,
         # Each engine is polled once a second at least, and called once to submit and three times in a sync.
         "store": (
             generated * (c["request_ms"] + c["rollouts_ms"] * length * method.longer)

@@ -13,11 +13,13 @@ class StandIn(crew.Crew):
         self.outstanding = {}
 
     def take_up(self, config, log_dir, stops):
-        if self.state == "lost":
-            raise PartyLost("engine-0 died", [])
+        if isinstance(self.state, Exception):
+            raise self.state
         self.state = "kept"
 
     def rest(self):
+        if self.state == "cannot rest":
+            raise OSError("no process to end")
         self.state = "resting"
 
     def close(self):
@@ -86,13 +88,23 @@ def test_a_trainer_that_could_not_be_freed_is_not_kept():
             assert (state, lent.state) == ("new", "ended")
 
 
-def test_where_one_of_them_has_died_since_the_run_starts_its_own():
+@pytest.mark.parametrize("fault", [PartyLost("engine-0 died", []), RuntimeError("it cannot load the model anew")])
+def test_where_the_hand_over_fails_the_run_starts_its_own(fault):
     with crew.Keeper(keeps=True) as keeper:
         first, _ = lend(keeper)
-        first.state = "lost"
+        first.state = fault
         second, state = lend(keeper)
         assert state == "new" and first.state == "ended"
         assert lend(keeper) == (second, "kept")
+
+
+def test_a_run_that_ended_well_does_so_though_its_processes_cannot_be_kept():
+    config = load_config(["+recipe=quickstart"])
+    with crew.Keeper(keeps=True) as keeper:
+        with keeper.crew(config, None, None) as first:
+            first.state = "cannot rest"
+        assert first.state == "ended"
+        assert lend(keeper)[1] == "new"
 
 
 def test_a_run_of_its_own_keeps_nothing():

@@ -159,3 +159,35 @@ def test_what_stands_in_is_read_as_a_run_folder(entry, tmp_path):
     from dpsrl.report import load_run
 
     assert load_run(tmp_path / "x").summary == json.loads((tmp_path / "x/summary.json").read_text())
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    "own", ["reward.fn=mine:fn", "data.train=mine:rows", "algo.loss=mine:loss", "eval.benchmarks=[train,mine:rows]"]
+)
+def test_modules_of_ones_own_do_not_outlast_their_run(own, entry, tmp_path, monkeypatch):
+    happened = []
+
+    class StandIn:
+        process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+
+        def __init__(self, log):
+            happened.append("a lane")
+
+        def run(self, arguments, log):
+            happened.append("a run")
+            return 0
+
+        def close(self):
+            happened.append("its end")
+
+    monkeypatch.setattr(sweep, "Lane", StandIn)
+    monkeypatch.setattr(sweep, "ENTRY", tuple(entry))
+    arguments = ["+recipe=quickstart", "seed=0", "selection=uniform"]
+    with sweep.Runs() as runs:
+        for place, more in enumerate([[], [], [own], []]):
+            assert runs.run(entry, [*arguments, *more], tmp_path / str(place)) == 0
+            happened.append(place)
+    StandIn.process.communicate()
+    assert happened == ["a lane", "a run", 0, "a run", 1, "its end", 2, "a lane", "a run", 3, "its end"]
+    assert (tmp_path / "2/starts").exists() and (tmp_path / "0.log").exists()

@@ -71,7 +71,7 @@ def test_messages_of_a_step():
     one = scale.cost(TINY, 8, Method("dps", 0.5), replace(STEP, response_tokens=2048), EASY)  # 16 groups, 8 trained
     engines, generate = 4, one.parts["generate"]
     assert one.num_trained == 8
-    assert one.parts["controller"] == pytest.approx((2 * 16 + 4) * 0.005)
+    assert one.parts["controller"] == pytest.approx((16 + 4) * 0.005)
     assert one.parts["store"] == pytest.approx(16 * 0.003 + 8 * 0.004 + engines * (generate + 4) * 0.005)
     assert one.parts["lay_out"] == pytest.approx(8 * 0.003)
     assert scale.store_gb(Method("dps", 0.5), 8, EASY) == pytest.approx((128 * 11 + 64 * 100) / 1e3)
