@@ -198,12 +198,14 @@ def test_new_weights_arrive_and_a_torn_update_replaces_the_engines(ends):
     _, faults = weights.check({})
     assert set(faults) == {0, 1} and "canary" in faults[0]
 
-    # A tensor is missing: vLLM would serve uninitialized memory; here both engines are replaced.
+    # A tensor is missing: vLLM would serve uninitialized memory; here both engines are replaced. What they were at work
+    # on is sampled again, by the new weights.
+    rollouts.add([RolloutRequest(i, weights.canary[:10], 64, 1.0, i) for i in range(4)])
     engines = list(rollouts.engines)
     first_rank(trainers, "lose_a_tensor", 1)
     assert weights.send(version + 2)["sync/canary_diff"] < 1e-4
     assert weights.num_replaced == 2 and not set(engines) & set(rollouts.engines)
     assert rollouts.policy_versions() == [version + 2] * 2
-    request = RolloutRequest(0, weights.canary[:10], 2, 1.0, 7)
-    ((_, samples),) = all_of(rollouts, [request])
-    assert len(samples) == 2 and all(sample.versions == [(version + 2, sample.token_ids.size)] for sample in samples)
+    samples = [sample for _, of_request in all_of(rollouts, []) for sample in of_request]
+    assert len(samples) == 4 * 64
+    assert all(sample.versions == [(version + 2, sample.token_ids.size)] for sample in samples)
