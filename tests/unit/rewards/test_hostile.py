@@ -210,8 +210,11 @@ def test_no_clock_of_math_verify_decides_before_the_deadline():
     """Its own limits, five seconds to parse and five to compare, would make a hang a wrong answer."""
     with Scorer("math", num_workers=2, deadline_s=12.0) as scorer:
         slow_to_parse = r"\boxed{" + "(" * 32 + "x" + ")" * 32 + "}"
-        assert scorer.score([(slow_to_parse, "5"), (r"\boxed{9^{9^{9^{9}}}}", "5")]) == [None, None]
-        assert scorer.missing["timeout"] + scorer.missing["crash"] == 2  # the tower may run out of memory first
+        started = time.monotonic()
+        (parsed,) = scorer.score([(slow_to_parse, "5")])
+        assert parsed is None or time.monotonic() - started < 5.0  # a fast machine is through by then
+        assert scorer.score([(r"\boxed{9^{9^{9^{9}}}}", "5")]) == [None]
+        assert scorer.missing["timeout"] + scorer.missing["crash"] in (1, 2)  # the tower may run out of memory first
 
 
 # ---- bounds ----
