@@ -19,7 +19,7 @@ from dpsrl.types import UserError
 
 TRAIN = "dpsrl.train"
 REFILLS = "selection.admission=mixed"
-KEYS = {"shared", "seeds", "reference", "ours", "publish", "methods", "programs", "settings", "ablations"}
+KEYS = {"shared", "seeds", "reference", "ours", "judged", "publish", "methods", "programs", "settings", "ablations"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class Plan:
     """A study. `methods_of`: the methods compared in each setting, in order; `ablations`: what varies -> name ->
     variant, all in `ablated`, a setting.
 
-    reference: the method whose final accuracy the others are to reach; ours: the one that others are paired with.
+    reference: the method whose final accuracy the others are to reach; ours: the one that others are paired with;
+    judged: those of which the paper's two main claims are asked.
     refilling: methods that also choose after the rollouts, by leaving out groups that are not mixed.
     publish: whether docs/ are written too.
     """
@@ -64,6 +65,7 @@ class Plan:
     ablated: str
     ablations: dict[str, dict[str, Variant]]
     jobs: list[Job]
+    judged: tuple[str, ...] = ()
     refilling: frozenset[str] = field(default_factory=frozenset)
 
 
@@ -99,10 +101,14 @@ def read_plan(name: str, only: dict[str, list[str]] | None = None, num_seeds: in
         for setting, method, overrides, own_seeds in rows
         if seed in own_seeds
     ]  # fmt: skip
+    judged = tuple(raw.get("judged", [raw["ours"]]))
+    for name in (raw["reference"], raw["ours"], *judged):
+        if name not in raw["methods"]:
+            raise UserError(f"{path}: there is no method {name!r}; {nearest(name, raw['methods'])}")
     refilling = frozenset(method for method, overrides in raw["methods"].items() if REFILLS in overrides)
     return Plan(
         name, raw["reference"], raw["ours"], raw.get("publish", False), methods_of, ablated, ablations,
-        sorted(jobs, key=drawn_place), refilling,
+        sorted(jobs, key=drawn_place), judged, refilling,
     )  # fmt: skip
 
 

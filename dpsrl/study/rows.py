@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from dpsrl.config import SelectionConfig
 from dpsrl.metrics import Record
 from dpsrl.study.analysis import (
     AT_THE_START,
@@ -266,11 +265,6 @@ def ablation_row(runs: Runs, beside: Runs, variant: Variant) -> Row:
 
 
 # --- the verdict ------------------------------------------------------------------------------------------
-
-
-def judged_methods(plan: Plan) -> list[str]:
-    """The study's own method, and the one that a run has where nothing is said."""
-    return list(dict.fromkeys([plan.ours, SelectionConfig.method]))
 
 
 def verdict_row(plan: Plan, method: str, found: dict[str, Runs]) -> Row:

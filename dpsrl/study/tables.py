@@ -28,7 +28,6 @@ from dpsrl.study.rows import (
     compared,
     cost_row,
     excludes_zero,
-    judged_methods,
     prediction_row,
     runs_of,
     selection_row,
@@ -78,7 +77,7 @@ def tables_of(plan: Plan, records: Sequence[Record]) -> dict[str, Table]:
             tables[f"{setting}/{kind}"] = Table(rows, notes + notes_of(rows))
         verdicts += [
             {"method": method, "setting": setting} | verdict_row(plan, method, found)
-            for method in judged_methods(plan)
+            for method in plan.judged
             if method in found
         ]
     for what, variants in plan.ablations.items():
