@@ -6,8 +6,9 @@ processes with other weights. Owns whether it gets them; what they do in a run i
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ class Keeper:
         try:
             yield crew
             if self.keeps and can_be_kept(config) and not crew.rollouts.outstanding:
-                with suppress(Exception):  # the run has ended well, and its crew is ended below
+                with told():  # the run has ended well, and its crew is ended below
                     crew.rest()
                     self._kept = crew
         finally:
@@ -103,11 +104,20 @@ class Keeper:
         with ExitStack() as unless_taken:
             unless_taken.callback(crew.close)
             if crew.suits(config):
-                with suppress(Exception):
+                with told():
                     crew.take_up(config, log_dir, stops)
                     unless_taken.pop_all()
                     return crew
         return None
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """What goes wrong inside is written to the log, and no more: the run goes on without a kept crew."""
+    try:
+        yield
+    except Exception:
+        traceback.print_exc()
 
 
 def can_be_kept(config: Config) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -263,13 +263,14 @@ def launch(
     try:
         sinks = open_sinks(config.log.to, folder.path, config.log.wandb_project, plain_config, driver.step, screen.line)
         metrics = Metrics(folder.metrics, [screen.step, *map(stack.enter_context, sinks)], driver.step, screen.line)
+        stack.callback(metrics.close)
         num_generated = driver.num_generated
         group_log = GroupLog(folder.groups, num_generated, screen.line)
+        stack.callback(group_log.close)
         response_log = ResponseLog(folder.responses, config.log.responses, config.seed, num_generated, screen.line)
+        stack.callback(response_log.close)
     except OSError as error:
         raise unwritable(folder.path, error) from error
-    for file in (metrics, group_log, response_log):
-        stack.enter_context(closing(file))
     if driver.record:
         metrics.restore(driver.record)
 

@@ -186,7 +186,10 @@ class Runs:
 
     def _has_own(self, arguments: Sequence[str]) -> bool:
         with self._composing:
-            return has_own(load_config(list(arguments)))
+            try:
+                return has_own(load_config(list(arguments)))
+            except UserError:  # which its own process tells
+                return True
 
     def _lane(self, log: Path) -> Lane:
         """This thread's; a new one where that has ended."""

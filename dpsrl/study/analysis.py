@@ -24,11 +24,24 @@ T_95 = (
 class Curves(NamedTuple):
     """Runs of one method, a row for each seed: accuracy at each evaluation, and what had been spent by then.
 
-    Resamples of the seeds, where there are such, are axes before S.
+    Resamples of the seeds, where there are such, are axes before S. average: of the costs, over seeds; the median where
+    single runs may have been held up.
     """
 
     cost_ST: np.ndarray
     accuracy_ST: np.ndarray
+    average: Callable[..., np.ndarray] = np.mean
+
+    @property
+    def cost_T(self) -> np.ndarray:
+        return self.average(self.cost_ST, axis=-2)
+
+    @property
+    def accuracy_T(self) -> np.ndarray:
+        return self.accuracy_ST.mean(axis=-2)
+
+    def on(self, seeds: np.ndarray) -> Curves:
+        return Curves(self.cost_ST[seeds], self.accuracy_ST[seeds], self.average)
 
 
 class Estimate(NamedTuple):
@@ -92,16 +105,15 @@ def cost_ratio(own: Curves, reference: Curves, share: float) -> np.ndarray:
     Curves are means over seeds, whose noise is a fraction of a single run's; noise makes a curve reach a target early.
     inf where own is censored, NaN where the reference is there at the start.
     """
-    target = share * reference.accuracy_ST.mean(axis=-2)[..., -1]
-    own_cost = reach(own.cost_ST.mean(axis=-2), own.accuracy_ST.mean(axis=-2), target)
-    return own_cost / reference_cost(reference, share)
+    target = share * reference.accuracy_T[..., -1]
+    return reach(own.cost_T, own.accuracy_T, target) / reference_cost(reference, share)
 
 
 def reference_cost(reference: Curves, share: float) -> np.ndarray:
     """For its final accuracy, share 1, all that the reference spent, as the paper has it; for a part of that, what it
     costs the reference until it is there. NaN where it is there at the start.
     """
-    cost_T, accuracy_T = reference.cost_ST.mean(axis=-2), reference.accuracy_ST.mean(axis=-2)
+    cost_T, accuracy_T = reference.cost_T, reference.accuracy_T
     first = reach(cost_T, accuracy_T, share * accuracy_T[..., -1])
     return np.where(first > 0, cost_T[..., -1] if share == 1.0 else first, math.nan)
 
@@ -140,11 +152,10 @@ def cost_ratio_interval(own: Curves, reference: Curves, share: float) -> Ratio:
     assert len(own.cost_ST) == len(reference.cost_ST)
 
     def of(seeds: np.ndarray) -> np.ndarray:
-        drawn = [Curves(curves.cost_ST[seeds], curves.accuracy_ST[seeds]) for curves in (own, reference)]
-        return cost_ratio(drawn[0], drawn[1], share)
+        return cost_ratio(own.on(seeds), reference.on(seeds), share)
 
     estimate = bootstrap(of, len(own.cost_ST))
-    spent = float(own.cost_ST[:, -1].mean() / reference_cost(reference, share))
+    spent = float(own.cost_T[-1] / reference_cost(reference, share))
     if not estimate.value > 0:
         return Ratio(AT_THE_START, estimate, spent)
     return Ratio(CENSORED if math.isinf(estimate.value) else REACHED, estimate, spent)

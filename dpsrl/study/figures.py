@@ -86,7 +86,7 @@ def accuracy(plan: Plan, records: Sequence[Record]) -> Figure:
                 if key == "seconds" and not same_cores(runs, runs_of(records, setting, plan.reference)):
                     continue
                 curves = runs.curves(key)
-                band(axes, curves.cost_ST.mean(axis=0), curves.accuracy_ST, look, "o")
+                band(axes, curves.cost_T, curves.accuracy_ST, look, "o")
             axes.set(
                 title=f"{setting}, over {key}s" if key == "step" else f"{setting}, over {key}",
                 xlabel=words,

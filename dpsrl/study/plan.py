@@ -102,9 +102,9 @@ def read_plan(name: str, only: dict[str, list[str]] | None = None, num_seeds: in
         if seed in own_seeds
     ]  # fmt: skip
     judged = tuple(raw.get("judged", [raw["ours"]]))
-    for name in (raw["reference"], raw["ours"], *judged):
-        if name not in raw["methods"]:
-            raise UserError(f"{path}: there is no method {name!r}; {nearest(name, raw['methods'])}")
+    for method in (raw["reference"], raw["ours"], *judged):
+        if method not in raw["methods"]:
+            raise UserError(f"{path}: there is no method {method!r}; {nearest(method, raw['methods'])}")
     refilling = frozenset(method for method, overrides in raw["methods"].items() if REFILLS in overrides)
     return Plan(
         name, raw["reference"], raw["ours"], raw.get("publish", False), methods_of, ablated, ablations,

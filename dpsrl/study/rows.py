@@ -69,7 +69,8 @@ class Runs:
 
     def curves(self, cost: str) -> Curves:
         rows = [self.by_seed[seed]["curve"] for seed in self.seeds]
-        return Curves(np.array([r[cost] for r in rows], float), np.array([r["accuracy"] for r in rows], float))
+        average = np.median if cost == "seconds" else np.mean  # a run may have been held up
+        return Curves(np.array([r[cost] for r in rows], float), np.array([r["accuracy"] for r in rows], float), average)
 
     @property
     def group_size(self) -> int:
@@ -175,7 +176,7 @@ def accuracy_row(runs: Runs, reference: Runs, uniform: Runs) -> Row:
         "minus_uniform": difference(runs, uniform, final_accuracy),
         "rollouts": runs.mean(itemgetter("num_rollouts")),
         "response_tokens": runs.mean(itemgetter("response_tokens")),
-        "seconds": runs.median(seconds) if same_cores(runs, reference) else None,  # one run may have been held up
+        "seconds": runs.median(seconds) if same_cores(runs, reference) else None,
     }
 
 

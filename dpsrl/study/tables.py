@@ -87,7 +87,7 @@ def tables_of(plan: Plan, records: Sequence[Record]) -> dict[str, Table]:
         notes += version_notes({**found, **{variants[name].beside: beside[name] for name in found}})
         tables[f"ablations/{what}"] = Table(rows, notes + notes_of(rows))
     return {
-        "verdict": Table(verdicts, notes_of(verdicts)), "multiplicity": multiplicity(tables.values(), plan.reference)
+        "verdict": Table(verdicts, notes_of(verdicts)), "multiplicity": multiplicity(plan, verdicts, tables.values())
     } | tables  # fmt: skip
 
 
@@ -112,12 +112,17 @@ def notes_of(rows: Sequence[Row]) -> list[str]:
     return notes
 
 
-def multiplicity(tables: Iterable[Table], reference: str) -> Table:
-    """How many intervals of differences there are, and how many of them chance alone would take off zero."""
+def multiplicity(plan: Plan, verdicts: Sequence[Row], tables: Iterable[Table]) -> Table:
+    """How many intervals of differences there are, each once, and how many of them chance alone would take off zero."""
     values = [
         row[name] for table in tables for row in table.rows for name in DIFFERENCES
-        if row.get(name) and (row["method"], name) != (reference, "minus_uniform")  # uniform's row has it already
+        if row.get(name) and (row["method"], name) != (plan.reference, "minus_uniform")  # uniform's row has it already
     ]  # fmt: skip
+    before = [plan.ours]  # whose margins are those of "ours minus it"
+    for method in plan.judged:
+        of_it = [row for row in verdicts if row["method"] == method and method not in before]
+        values += [margin for row in of_it for name, *margin in row.get("margins", []) if name not in before]
+        before.append(method)
     intervals = [value for value in values if value[1] is not None]
     sentence = (
         f"These tables have {len(intervals)} intervals of differences. Were there no difference anywhere, about "
@@ -185,12 +190,14 @@ def verdict(row: Row, count: str) -> str:
 def above_all(row: Row, of: Sequence[str] | None = None) -> str:
     """`no: +0.003 ± 0.010 above beta`, with all that it is not shown to be above; else yes, with the least margin.
 
-    of: the others that count, where not all do.
+    of: the others that count, where not all do; one that was not run is named.
     """
     margins = sorted((m for m in row["margins"] if of is None or m[0] in of), key=itemgetter(1))
+    not_run = [f"`{name}`" for name in of or () if name not in [m[0] for m in margins]]
     doubtful = [margin for margin in margins if margin[1] <= 0 or not excludes_zero(margin[1:])]
     told = ", ".join(f"{signed(margin)} above `{name}`" for name, *margin in doubtful or margins[:1])
-    return f"{'no' if doubtful else 'yes'}: {told}" if margins else ""
+    without = f", without {' and '.join(not_run)}" if not_run else ""
+    return f"{'no' if doubtful else 'yes'}{without}: {told}" if margins else ""
 
 
 PAPERS = ("uniform", "history_resampling")  # what the paper compares mixed shares with

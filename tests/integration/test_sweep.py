@@ -23,6 +23,7 @@ def test_a_sweep_of_real_runs(start, tmp_path):
     page = (tmp_path / "grid/report.html").read_text()
     assert all(path.name in page for path in folders)
     assert len({(path / "logs/engine-0.log").read_text() for path in folders}) == 4
+    assert not any("Traceback" in (path / "logs/driver.log").read_text() for path in folders)  # of a hand-over
 
     again = start.run_module("dpsrl.train", *arguments)
     assert again.returncode == 0 and again.stdout.count("finished before") == 4

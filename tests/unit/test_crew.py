@@ -89,11 +89,12 @@ def test_a_trainer_that_could_not_be_freed_is_not_kept():
 
 
 @pytest.mark.parametrize("fault", [PartyLost("engine-0 died", []), RuntimeError("it cannot load the model anew")])
-def test_where_the_hand_over_fails_the_run_starts_its_own(fault):
+def test_where_the_hand_over_fails_the_run_starts_its_own_and_says_so(fault, capsys):
     with crew.Keeper(keeps=True) as keeper:
         first, _ = lend(keeper)
         first.state = fault
         second, state = lend(keeper)
+        assert str(fault) in capsys.readouterr().err
         assert state == "new" and first.state == "ended"
         assert lend(keeper) == (second, "kept")
 

@@ -210,6 +210,7 @@ def test_no_clock_of_math_verify_decides_before_the_deadline():
     """Its own limits, five seconds to parse and five to compare, would make a hang a wrong answer."""
     with Scorer("math", num_workers=2, deadline_s=12.0) as scorer:
         slow_to_parse = r"\boxed{" + "(" * 32 + "x" + ")" * 32 + "}"
+        assert all(scored.correct for scored in scorer.score([(r"\boxed{5}", "5")] * 2))  # its processes are up
         started = time.monotonic()
         (parsed,) = scorer.score([(slow_to_parse, "5")])
         assert parsed is None or time.monotonic() - started < 5.0  # a fast machine is through by then

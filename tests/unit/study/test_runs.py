@@ -288,7 +288,7 @@ def test_a_record_by_hand(folder, tmp_path):
 def test_a_plan_is_balanced_and_names_each_run_once(name):
     plan = read_plan(name)
     names = [job.name for job in plan.jobs]
-    assert len(set(names)) == len(names)
+    assert plan.name == name and len(set(names)) == len(names)
     seeds = np.array([job.seed for job in plan.jobs])
     assert (np.diff(seeds) >= 0).all()
     assert plan.reference in plan.methods_of["countdown"] and plan.ours in plan.methods_of["countdown"]

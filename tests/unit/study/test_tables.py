@@ -78,6 +78,17 @@ def test_costs_and_what_is_never_reached(tables, eight):
     assert row(tables, "easy/cost", "uniform")["rollouts/95%"]["spent"] == pytest.approx(200 / 716)
 
 
+def test_a_run_that_was_held_up_does_not_count_by_its_seconds(eight):
+    slow = records(8)
+    for record in slow:
+        if record["seed"] == 3:
+            record["curve"]["seconds"] = [10 * value for value in record["curve"]["seconds"]]
+    found = tables_of(PLAN, slow)
+    for name in ("easy/accuracy", "easy/cost"):
+        for key in row(eight, name, "forecast").keys() & {"seconds", "seconds/all", "seconds/95%"}:
+            assert row(found, name, "forecast")[key] == row(eight, name, "forecast")[key], key
+
+
 def test_how_a_ratio_is_written():
     def said(state, value, interval, spent=0.43):
         return ratio({"state": state, "value": value, "interval": interval, "spent": spent, "dropped": 0})
@@ -174,10 +185,13 @@ def test_the_verdict_is_computed_for_the_methods_that_are_judged():
     assert dps["rollouts/within"] == "yes" and above_all(dps).startswith("no: -0.170 ± ")
     assert above_all(dps).endswith(" above `forecast`")
     papers = ("uniform", "history_resampling")
+    assert above_all(dps, papers).startswith("yes, without `history_resampling`: ")
+    papers = papers[:1]
     assert above_all(dps, papers) == "yes: +0.130 ± 0.041 above `uniform`"  # 0.6 against 0.4 to 0.54
     exact, above = "yes: 25% [25%, 25%]", "yes: +0.300 ± 0.000 above `uniform`"
     text = markdown("verdict", tables_of(PLAN, records(8))["verdict"])
-    assert f"| `forecast` | easy | 8 | {exact} | {exact} | {above} | {above} |" in text
+    papers = above.replace("yes", "yes, without `history_resampling`")
+    assert f"| `forecast` | easy | 8 | {exact} | {exact} | {papers} | {above} |" in text
 
 
 def test_what_these_seeds_do_not_decide():
