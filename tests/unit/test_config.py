@@ -51,11 +51,21 @@ def test_the_command_line_beats_the_recipe_and_the_recipe_beats_the_defaults():
 
 
 def test_another_method_does_not_inherit_the_recipes_options():
-    assert load_config(["+recipe=quickstart"]).selection.decay is not None
-    assert load_config(["+recipe=quickstart", "selection=dps"]) == load_config(["+recipe=quickstart"])
-    assert load_config(["+recipe=quickstart", "selection=uniform"]).selection.decay is None
+    countdown = ["+recipe=countdown", "cluster=cpu", "model=tiny"]
+    assert load_config(countdown).selection.decay is not None
+    assert load_config([*countdown, "selection=dps"]) == load_config(countdown)
+    assert load_config([*countdown, "selection=uniform"]).selection.decay is None
     # What the person sets stays, so that it can be refused where it has no effect.
-    assert load_config(["+recipe=quickstart", "selection=uniform", "selection.decay=0.1"]).selection.decay == 0.1
+    assert load_config([*countdown, "selection=uniform", "selection.decay=0.1"]).selection.decay == 0.1
+
+
+def test_a_choice_of_method_brings_its_own_options_in_place_of_the_defaults():
+    default = load_config(["+recipe=quickstart"]).selection
+    assert (default.method, default.diminish) == ("forecast", 0.5)
+    for method in ("forecast", "dps", "uniform"):
+        chosen = load_config(["+recipe=quickstart", f"selection={method}"]).selection
+        assert (chosen.method, chosen.diminish) == (method, None)
+    assert load_config(["+recipe=quickstart", "selection.method=kalman"]).selection.diminish is None
 
 
 @pytest.mark.parametrize(

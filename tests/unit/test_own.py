@@ -272,7 +272,7 @@ def test_a_method_from_the_command_line_leaves_the_options_of_the_recipes(tmp_pa
     shutil.copytree(config_dir(), tmp_path / "configs")
     recipe = (tmp_path / "configs/recipe/quickstart.yaml").read_text()
     mine = "selection:\n  method: own_module:Placed\n  options: {alpha: 2}\n"
-    (tmp_path / "configs/recipe/mine.yaml").write_text(recipe.replace("selection:\n  decay: 0.5\n", mine))
+    (tmp_path / "configs/recipe/mine.yaml").write_text(recipe.replace("train:\n", f"{mine}train:\n"))
     monkeypatch.setattr("dpsrl.config.config_dir", lambda: tmp_path / "configs")
     assert load_config(["+recipe=mine"]).selection.options == {"alpha": 2}
     assert load_config(["+recipe=mine", "selection.options.alpha=3"]).selection.options == {"alpha": 3}

@@ -43,9 +43,9 @@ MATH = ["+recipe=math", "cluster=cpu", "model=tiny", "eval.benchmarks=[]"]
 def test_keys(refuse):
     assert "'train.step'" in refuse("+recipe=quickstart", "train.step=3")
     assert "train.steps=many" in refuse("+recipe=quickstart", "train.steps=many")
-    assert "selection.decay=1.5" in refuse("+recipe=quickstart", "selection.decay=1.5")
+    assert "selection.decay=1.5" in refuse("+recipe=quickstart", "selection=dps", "selection.decay=1.5")
     assert "decay" in refuse("+recipe=quickstart", "selection=uniform", "selection.decay=0.5")
-    assert "local" in refuse("+recipe=quickstart", "selection.prior_alpha=local")
+    assert "local" in refuse("+recipe=quickstart", "selection=dps", "selection.prior_alpha=local")
 
 
 def test_data(refuse, tmp_path, rows):
