@@ -76,7 +76,7 @@ def assert_same(run, whole):
             pytest.param((f"selection={name}",), marks=pytest.mark.slow)
             for name in (
                 "uniform",
-                "forecast",
+                "dps",
                 "beta",
                 "mopps",
                 "kalman",

@@ -60,5 +60,6 @@ def test_a_warm_start_takes_over_the_beliefs_of_a_checkpoint(start, many_run, tm
     predicted = {group["prompt_id"]: group["predicted"] for group in run.lines("groups.jsonl")}
     known = {i: mixed[0] for i, mixed in earlier.items() if len(mixed) == 1 and i in predicted}
     assert len(predicted) == 80 and 0 < len(known) < 80
-    assert all((predicted[i] > 1 / 3) == mixed for i, mixed in known.items())
-    assert all(predicted[i] == pytest.approx(1 / 3) for i in predicted.keys() - earlier.keys())
+    of_new = [predicted[i] for i in predicted.keys() - earlier.keys()]
+    assert of_new == pytest.approx([of_new[0]] * len(of_new))
+    assert min(predicted[i] for i in known if known[i]) > max(predicted[i] for i in known if not known[i])
