@@ -106,7 +106,11 @@ class RewardConfig:
 class SelectionConfig:
     """Options left at null take the method's own default; one the method does not use is refused."""
 
-    method: str = key("dps", "how prompts are chosen: a preset of belief, score and pick, or 'my_module:MyMethod'")
+    method: str = key(
+        "forecast",
+        "how prompts are chosen: a preset of belief, score and pick, or 'my_module:MyMethod'; where nothing is chosen, "
+        "selection=forecast_diminish, which sets selection.diminish too",
+    )
     belief: str | None = key(None, "what is thought of each prompt, in place of the method's own")
     score: str | None = key(None, "what a prompt is worth, in place of the method's own")
     pick: str | None = key(None, "who is taken given the scores, in place of the method's own")

@@ -193,7 +193,7 @@ def above_all(row: Row, of: Sequence[str] | None = None) -> str:
     of: the others that count, where not all do; one that was not run is named.
     """
     margins = sorted((m for m in row["margins"] if of is None or m[0] in of), key=itemgetter(1))
-    not_run = [f"`{name}`" for name in of or () if name not in [m[0] for m in margins]]
+    not_run = [f"`{name}`" for name in of or () if name not in {m[0] for m in margins}]
     doubtful = [margin for margin in margins if margin[1] <= 0 or not excludes_zero(margin[1:])]
     told = ", ".join(f"{signed(margin)} above `{name}`" for name, *margin in doubtful or margins[:1])
     without = f", without {' and '.join(not_run)}" if not_run else ""

@@ -192,5 +192,4 @@ def test_modules_of_ones_own_do_not_outlast_their_run(own, entry, tmp_path, monk
         assert runs.run(entry, unknown, tmp_path / "4") == 0 and (tmp_path / "4/starts").exists()
     StandIn.process.communicate()
     assert happened == ["a lane", "a run", 0, "a run", 1, "its end", 2, "a lane", "a run", 3, "its end"]
-
     assert (tmp_path / "2/starts").exists() and (tmp_path / "0.log").exists()
