@@ -144,6 +144,6 @@ def test_dry_run_prints_the_plan_and_starts_nothing(tmp_path, capsys, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert train.main(["+recipe=quickstart", "dry_run=true", "train.batch=32", "trainer.num_workers=2"]) == 0
     printed = capsys.readouterr().out
-    for words in ("2,000 prompts", "256 sequences", "128 per trainer rank", "1 engine and 2 trainer ranks"):
+    for words in ("500 prompts", "256 sequences", "128 per trainer rank", "1 engine and 2 trainer ranks"):
         assert words in printed
     assert list(tmp_path.iterdir()) == []
