@@ -32,7 +32,7 @@ def main() -> None:
     num_groups = records[-1].get("selection/num_generated") or 64
     stage = Stage("generating", round(0.58 * num_groups), round(num_groups), "groups", 0.9)
     console = Console(file=io.StringIO(), record=True, width=COLUMNS, height=LINES, force_terminal=True)
-    console.print(View(str(folder), num_steps, step, elapsed_s, left_s, stage, figures, machine))
+    console.print(View(f"runs/{folder.name}", num_steps, step, elapsed_s, left_s, stage, figures, machine))
     svg = console.export_svg(title="python -m dpsrl.train +recipe=quickstart")
     svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r"font-family: Fira Code, monospace", f"font-family: {FONT}", svg)
