@@ -11,23 +11,28 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table as Grid
 
 from dpsrl.exits import code_of
 from dpsrl.metrics import Record, write_summary
 from dpsrl.run_folder import RunFolder
 from dpsrl.selection.options import nearest
+from dpsrl.study import printed
 from dpsrl.study.figures import draw
 from dpsrl.study.origin import check_origin
 from dpsrl.study.plan import Plan, read_plan
 from dpsrl.study.runs import make_runs, read_record
-from dpsrl.study.tables import Table, cells, fill, markdown, tables_of
+from dpsrl.study.tables import Table, fill, kind_of, lines_of, markdown, tables_of
 from dpsrl.sweep import PLAIN, log_of
 from dpsrl.types import UserError
 
 DOCS = Path("docs")
 PAGES = (DOCS / "results.md", Path("README.md"))  # with tables of a study that is published
 KEYS = {"study", "settings", "methods", "seeds", "lanes", "runs", "published", "out"}
+PRINTED = {  # columns by kind of table; tables.md has all
+    "accuracy": ("seeds", "at the end", "minus uniform's", "rollouts"),
+    "selection": ("mixed share", "ours minus it", "prompts with mixed groups"),
+    "ablations": ("compared with", "minus the other's accuracy", "minus the other's mixed share"),
+}
 USAGE = """usage: python -m dpsrl.study [key=value ...]
 
   study=main       a plan in configs/study
@@ -104,6 +109,7 @@ def study(asked: Asked, console: Console) -> int:
         tables = tables_of(whole, records)
         publish(whole, asked.folder, records, tables, unfinished)
         show(tables, console)
+        console.print(f"\nall columns are in {asked.folder}/tables.md", **PLAIN)
     for name, why in unfinished.items():
         if why.startswith("failed"):
             console.print(f"{name}: {why}; its output is {log_of(asked.folder / name)}", **PLAIN)
@@ -150,15 +156,17 @@ def compact(plan: Plan, records: list[Record]) -> str:
 
 
 def show(tables: dict[str, Table], console: Console) -> None:
+    """What came out, the verdict last, where it is read first."""
     for name, table in tables.items():
-        if table.rows:
-            columns, filled = cells(name, table.rows)
-            grid = Grid("method", *columns, title=name, title_justify="left", box=None)
-            for row, line in zip(table.rows, filled, strict=True):
-                grid.add_row(row["method"], *line)
-            console.print(grid)
-        for note in table.notes:
-            console.print(note, **PLAIN)
+        if table.rows and (columns := PRINTED.get(kind_of(name))):
+            printed.show(console, name, lines_of(name, table.rows), {"method", *columns})
+    verdict = tables["verdict"]
+    if verdict.rows:
+        (_, _, _, *questions), *rows = lines_of("verdict", verdict.rows)
+        for method, setting, seeds, *answers in rows:
+            said = [f"{question}: {answer}" for question, answer in zip(questions, answers, strict=True) if answer]
+            printed.tell(console, f"{method}, {setting}, {seeds} seeds", said)
+    printed.tell(console, "", tables["multiplicity"].notes)
 
 
 def main(arguments: list[str]) -> int:

@@ -2,7 +2,7 @@
 
 Arithmetic alone, on the constants of docs/study/constants.json, each of which says where it comes from. A step is the
 sum of its parts, on a cluster of which half the GPUs generate and half train (`cluster=gpu8`, `train.max_lag=0`); with
-more GPUs the batch grows, so that each has as much to do as before. Prints the tables, and puts them into
+more GPUs the batch grows, so that each has as much to do as before. Prints what comes out, and puts all tables into
 docs/results.md.
 """
 
@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from dpsrl.study import printed
 from dpsrl.study.marks import fill_marks, markdown_of
 
 CONSTANTS, PAGE = Path("docs/study/constants.json"), Path("docs/results.md")
@@ -397,20 +397,14 @@ def main(arguments: list[str]) -> int:
         print(f"dpsrl.study.scale: {CONSTANTS} is not here: run this in a clone's first folder", file=sys.stderr)
         return 2
     entries = json.loads(CONSTANTS.read_text())
-    console = Console()
-    for name, (head, *rows) in tables(entries).items():
-        table = Table(*map(plain, head), title=name, title_justify="left", box=None)
-        for row in rows:
-            table.add_row(*map(plain, row))
-        console.print(table)
-    for sentence in sentences({name: entry["value"] for name, entry in entries.items()}):
-        console.print(plain(sentence), highlight=False, markup=False, soft_wrap=True)
+    console, made = Console(), tables(entries)
+    savings_shown = [name for name in made["savings"][0] if "saves" in name]
+    printed.show(console, "of the time for as many mixed groups", made["savings"], ["model", "GPUs", *savings_shown])
+    printed.show(console, "where a part takes a tenth of a step", made["limits"], made["limits"][0])
+    printed.tell(console, "", sentences({name: entry["value"] for name, entry in entries.items()}))
+    console.print(f"\nall tables are in {PAGE}, the constants in {CONSTANTS}", highlight=False)
     PAGE.write_text(fill(PAGE.read_text(), entries))
     return 0
-
-
-def plain(text: str) -> str:
-    return text.replace("`", "").replace("**", "")
 
 
 if __name__ == "__main__":

@@ -210,7 +210,7 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
         f"dynamic sampling's accuracy in {CLAIMED_SHARE:.0%} of its rollouts": partial(verdict, count="rollouts"),
         "the same, its rollouts as whole batches": partial(verdict, count="whole_batches"),
         "mixed share above the paper's two baselines": partial(above_all, of=PAPERS),
-        "above all others": above_all,
+        "mixed share above all others": above_all,
     },
     "accuracy": {
         "seeds": lambda r: str(r["seeds"]),
@@ -266,7 +266,7 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
         "compared with": lambda r: f"`{r['beside']}`",
         "seeds": lambda r: str(r["seeds"]),
         "accuracy": lambda r: plus_minus(r["accuracy"]),
-        "minus the other's": lambda r: signed(r["accuracy_difference"]),
+        "minus the other's accuracy": lambda r: signed(r["accuracy_difference"]),
         "mixed share": lambda r: plus_minus(r["mixed_share"]),
         "minus the other's mixed share": lambda r: signed(r["mixed_difference"]),
         "rollouts": lambda r: whole(r["rollouts"]),
@@ -275,19 +275,21 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
 }  # fmt: skip
 
 
-def cells(name: str, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """The columns of the table of that name after the first, which has the methods, and each row's cells in them."""
-    columns = COLUMNS[next(part for part in name.split("/") if part in COLUMNS)]
-    return list(columns), [[text(row) if row["seeds"] else "" for text in columns.values()] for row in rows]
+def kind_of(name: str) -> str:
+    """That of a table's columns: `accuracy` of `countdown/accuracy`, `ablations` of `ablations/decay`."""
+    return next(part for part in name.split("/") if part in COLUMNS)
+
+
+def lines_of(name: str, rows: Sequence[Row]) -> list[list[str]]:
+    """The table of that name, its columns' names first."""
+    columns = COLUMNS[kind_of(name)]
+    cells = [[text(row) if row["seeds"] else "" for text in columns.values()] for row in rows]
+    return [["method", *columns], *([f"`{row['method']}`", *line] for row, line in zip(rows, cells, strict=True))]
 
 
 def markdown(name: str, table: Table) -> str:
-    parts = list(table.notes)
-    if table.rows:
-        columns, filled = cells(name, table.rows)
-        lines = [[f"`{row['method']}`", *line] for row, line in zip(table.rows, filled, strict=True)]
-        parts.insert(0, markdown_of([["method", *columns], *lines]))
-    return "\n\n".join(parts)
+    head = [markdown_of(lines_of(name, table.rows))] if table.rows else []
+    return "\n\n".join(head + table.notes)
 
 
 def fill(page: str, tables: dict[str, Table]) -> str:
