@@ -20,9 +20,8 @@ import numpy as np
 import yaml
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
-from dpsrl import plots
+from dpsrl import plots, printed
 from dpsrl.controller import Controller, Outcome
 from dpsrl.exits import code_of
 from dpsrl.machine import num_cores
@@ -233,22 +232,20 @@ def summarize(results: list[Result], plan: Plan) -> list[dict[str, Any]]:
 # --- what people see --------------------------------------------------------------------------------------
 
 
-def table_of(rows: list[dict[str, Any]], world: str, plan: Plan) -> Table:
+def show(rows: list[dict[str, Any]], world: str, plan: Plan, console: Console) -> None:
     prompts, steps = find_world(world).num_prompts, plan.steps or find_world(world).steps
-    table = Table(
-        "method", "mixed share", "of clairvoyant", f"minus {plan.against}", "coverage", "Brier, random",
-        "Brier, selected", "groups", "ms/step",
-        title=f"{world}: {prompts:,} prompts, {steps} steps of {plan.batch} x {plan.rollouts}", title_justify="left",
-    )  # fmt: skip
+    least = ["method", "mixed share", f"minus {plan.against}", "coverage", "Brier, random", "groups", "ms/step"]
+    lines = [[*least[:2], "of clairvoyant", *least[2:5], "Brier, selected", *least[5:]]]
     for row in sorted((r for r in rows if r["world"] == world), key=lambda r: -r["mixed_share"]):
         own = row["method"] in (plan.against, CLAIRVOYANT)
-        table.add_row(
+        lines.append([
             row["method"], f"{row['mixed_share']:.3f}", f"{row['of_clairvoyant']:.2f}",
             "" if own else f"{row['difference']:+.3f} ± {row['half_width']:.3f}", f"{row['coverage']:.2f}",
             f"{row['brier_random']:.3f}", f"{row['brier_selected']:.3f}", f"{row['num_groups']:,.0f}",
             f"{row['ms_per_step']:.1f}",
-        )  # fmt: skip
-    return table
+        ])  # fmt: skip
+    title = f"{world}: {prompts:,} prompts, {steps} steps of {plan.batch} x {plan.rollouts}"
+    printed.show(console, title, lines, least)
 
 
 def draw(results: list[Result], plan: Plan, folder: Path) -> None:
@@ -336,7 +333,7 @@ def run(plan: Plan, console: Console) -> Path:
     results = run_all(plan, console)
     rows = summarize(results, plan)
     for world in plan.worlds:
-        console.print(table_of(rows, world, plan))
+        show(rows, world, plan, console)
     folder = Path(plan.out or f"runs/simulate-{time.strftime('%Y%m%d-%H%M%S')}")
     folder.mkdir(parents=True, exist_ok=True)
     content = {"plan": asdict(plan), "rows": rows, "runs": [asdict(result) for result in results]}

@@ -27,7 +27,7 @@ from typing import Any
 from hydra.errors import HydraException
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from dpsrl.config import Config, as_read, load_config, parse_override, quoted
 from dpsrl.data.files import first_line
@@ -255,7 +255,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def conclude(asked: Plan, states: dict[str, str], console: Console) -> None:
-    table = Table("run", "accuracy", "mixed", "rollouts", "steps", "time", box=None)
+    table = Table(Column("run", overflow="fold"), "accuracy", "mixed", "rollouts", "steps", "time", box=None)
     finished = {name: load_run(asked.folder / name) for name, state in states.items() if state == "finished"}
     for name, state in states.items():
         table.add_row(name, *(cells_of(finished[name]) if name in finished else (escape(state),)))

@@ -122,9 +122,12 @@ PARTS = {
 }
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> int:
     """Runs the parts named, or all; `keep` makes their ratios those that later runs are held against."""
     parts = [name for name in arguments if name != "keep"] or list(PARTS)
+    if unknown := set(parts) - set(PARTS):
+        print(f"bench: there is no part {', '.join(sorted(unknown))}; use any of: {', '.join(PARTS)}, keep")
+        return 2
     Path("runs").mkdir(exist_ok=True)
     kept = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
     report: dict = {}
@@ -142,7 +145,8 @@ def main(arguments: list[str]) -> None:
     if "keep" in arguments:
         BASELINE.write_text(json.dumps(kept | {name: round(row["ratio"], 4) for name, row in report.items()}, indent=1))
         bench_scale.keep(report)
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

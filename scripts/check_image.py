@@ -123,6 +123,9 @@ def check(build: Builder, folder: Path, extra: str, keys: list[str]) -> None:
 
 
 def main(keys: list[str]) -> int:
+    if [key for key in keys if "=" not in key]:
+        print(__doc__)
+        return 0 if set(keys) <= {"-h", "--help"} else 2
     missing = [tool for tool in ("debootstrap", "buildah") if shutil.which(tool) is None]
     if missing or os.getuid() != 0:
         print(

@@ -17,7 +17,9 @@ FONT = "ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace"  # whateve
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    folder = Path((sys.argv + [""])[1])
+    if not (folder / "metrics.jsonl").is_file():
+        sys.exit(f"live_svg: {folder}/metrics.jsonl is not there; {__doc__}")
     records, _ = read_lines(folder / "metrics.jsonl")
     num_steps = max(record["step"] for record in records)
     step = int(sys.argv[2]) if len(sys.argv) > 2 else num_steps * 3 // 4

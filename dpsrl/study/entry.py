@@ -12,11 +12,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from dpsrl import printed
 from dpsrl.exits import code_of
 from dpsrl.metrics import Record, write_summary
 from dpsrl.run_folder import RunFolder
 from dpsrl.selection.options import nearest
-from dpsrl.study import printed
 from dpsrl.study.figures import draw
 from dpsrl.study.origin import check_origin
 from dpsrl.study.plan import Plan, read_plan
@@ -28,7 +28,7 @@ from dpsrl.types import UserError
 DOCS = Path("docs")
 PAGES = (DOCS / "results.md", Path("README.md"))  # with tables of a study that is published
 KEYS = {"study", "settings", "methods", "seeds", "lanes", "runs", "published", "out"}
-PRINTED = {  # columns by kind of table; tables.md has all
+PRINTED = {  # columns that stay where not all fit, by kind of table; of other kinds none is shown
     "accuracy": ("seeds", "at the end", "minus uniform's", "rollouts"),
     "selection": ("mixed share", "ours minus it", "prompts with mixed groups"),
     "ablations": ("compared with", "minus the other's accuracy", "minus the other's mixed share"),
@@ -109,7 +109,7 @@ def study(asked: Asked, console: Console) -> int:
         tables = tables_of(whole, records)
         publish(whole, asked.folder, records, tables, unfinished)
         show(tables, console)
-        console.print(f"\nall columns are in {asked.folder}/tables.md", **PLAIN)
+        console.print(f"\nall columns are in {asked.folder}/tables.md, the figures beside it", **PLAIN)
     for name, why in unfinished.items():
         if why.startswith("failed"):
             console.print(f"{name}: {why}; its output is {log_of(asked.folder / name)}", **PLAIN)

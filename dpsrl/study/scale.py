@@ -21,7 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
-from dpsrl.study import printed
+from dpsrl import printed
 from dpsrl.study.marks import fill_marks, markdown_of
 
 CONSTANTS, PAGE = Path("docs/study/constants.json"), Path("docs/results.md")
