@@ -17,7 +17,7 @@ def show(console: Console, title: str, lines: Sequence[Sequence[str]], least: Co
     """lines: those of a Markdown table, the columns' names first; least: the columns that stay where not all fit."""
     head, *rows = [[plain(cell) for cell in line] for line in lines]
     least = {plain(name) for name in least}
-    widths = [max(map(len, [*name.split(), *(row[place] for row in rows)])) for place, name in enumerate(head)]
+    widths = [max(map(len, [*name.split(), *(row[i] for row in rows)]), default=0) for i, name in enumerate(head)]
     fit = sum(widths) + GAP * (len(widths) - 1) <= console.width
     shown = [place for place, name in enumerate(head) if fit or name in least]
     table = Table(

@@ -165,7 +165,8 @@ def show(tables: dict[str, Table], console: Console) -> None:
         (_, _, _, *questions), *rows = lines_of("verdict", verdict.rows)
         for method, setting, seeds, *answers in rows:
             said = [f"{question}: {answer}" for question, answer in zip(questions, answers, strict=True) if answer]
-            printed.tell(console, f"{method}, {setting}, {seeds} seeds", said)
+            if said:  # seeds in common with others
+                printed.tell(console, f"{method}, {setting}, {seeds} seeds", said)
     printed.tell(console, "", tables["multiplicity"].notes)
 
 
