@@ -32,8 +32,8 @@ def show(console: Console, title: str, lines: Sequence[Sequence[str]], least: Co
     console.print(table, highlight=False)
 
 
-def tell(console: Console, heading: str, sentences: Sequence[str]) -> None:
-    """Sentences under a heading, set in from it."""
+def tell(console: Console, sentences: Sequence[str], heading: str = "") -> None:
+    """Sentences, set in from their heading where they have one."""
     console.print()
     if heading:
         console.print(Text(plain(heading), style="bold"))

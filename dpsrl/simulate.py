@@ -234,8 +234,11 @@ def summarize(results: list[Result], plan: Plan) -> list[dict[str, Any]]:
 
 def show(rows: list[dict[str, Any]], world: str, plan: Plan, console: Console) -> None:
     prompts, steps = find_world(world).num_prompts, plan.steps or find_world(world).steps
-    least = ["method", "mixed share", f"minus {plan.against}", "coverage", "Brier, random", "groups", "ms/step"]
-    lines = [[*least[:2], "of clairvoyant", *least[2:5], "Brier, selected", *least[5:]]]
+    head = [
+        "method", "mixed share", "of clairvoyant", f"minus {plan.against}", "coverage", "Brier, random",
+        "Brier, selected", "groups", "ms/step",
+    ]  # fmt: skip
+    lines = [head]
     for row in sorted((r for r in rows if r["world"] == world), key=lambda r: -r["mixed_share"]):
         own = row["method"] in (plan.against, CLAIRVOYANT)
         lines.append([
@@ -245,7 +248,7 @@ def show(rows: list[dict[str, Any]], world: str, plan: Plan, console: Console) -
             f"{row['ms_per_step']:.1f}",
         ])  # fmt: skip
     title = f"{world}: {prompts:,} prompts, {steps} steps of {plan.batch} x {plan.rollouts}"
-    printed.show(console, title, lines, least)
+    printed.show(console, title, lines, set(head) - {"of clairvoyant", "Brier, selected"})
 
 
 def draw(results: list[Result], plan: Plan, folder: Path) -> None:

@@ -22,8 +22,8 @@ import bench_scale
 import bench_step
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
+from dpsrl import printed
 from dpsrl.checkpoint import read_state, write_state
 from dpsrl.selection import build_selector
 
@@ -126,7 +126,10 @@ def main(arguments: list[str]) -> int:
     """Runs the parts named, or all; `keep` makes their ratios those that later runs are held against."""
     parts = [name for name in arguments if name != "keep"] or list(PARTS)
     if unknown := set(parts) - set(PARTS):
-        print(f"bench: there is no part {', '.join(sorted(unknown))}; use any of: {', '.join(PARTS)}, keep")
+        print(
+            f"bench: there is no part {', '.join(sorted(unknown))}; use any of: {', '.join(PARTS)}, keep",
+            file=sys.stderr,
+        )
         return 2
     Path("runs").mkdir(exist_ok=True)
     kept = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
@@ -134,13 +137,13 @@ def main(arguments: list[str]) -> int:
     for name in parts:
         PARTS[name](report)
         Path("runs/bench.json").write_text(json.dumps(report, indent=1))
-    table = Table("what", "value", "baseline", "ratio", "ratio kept", title="a ratio is value / baseline")
+    lines = [["what", "value", "baseline", "ratio", "ratio kept"]]
     for name, row in report.items():
         before = f"{kept[name]:.3g}" if name in kept else ""
-        table.add_row(
-            name, f"{row['value']:.3g} {row['unit']}", f"{row['baseline']:.3g}", f"{row['ratio']:.3g}", before
+        lines.append(
+            [name, f"{row['value']:.3g} {row['unit']}", f"{row['baseline']:.3g}", f"{row['ratio']:.3g}", before]
         )
-    Console(width=max(120, Console().width)).print(table)  # names are not to be cut where there is no terminal
+    printed.show(Console(), "a ratio is value / baseline", lines, ("what", "value", "ratio", "ratio kept"))
     print("written to runs/bench.json")
     if "keep" in arguments:
         BASELINE.write_text(json.dumps(kept | {name: round(row["ratio"], 4) for name, row in report.items()}, indent=1))

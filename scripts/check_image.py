@@ -123,7 +123,7 @@ def check(build: Builder, folder: Path, extra: str, keys: list[str]) -> None:
 
 
 def main(keys: list[str]) -> int:
-    if [key for key in keys if "=" not in key]:
+    if any("=" not in key for key in keys):
         print(__doc__)
         return 0 if set(keys) <= {"-h", "--help"} else 2
     missing = [tool for tool in ("debootstrap", "buildah") if shutil.which(tool) is None]

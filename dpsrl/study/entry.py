@@ -160,14 +160,12 @@ def show(tables: dict[str, Table], console: Console) -> None:
     for name, table in tables.items():
         if table.rows and (columns := PRINTED.get(kind_of(name))):
             printed.show(console, name, lines_of(name, table.rows), {"method", *columns})
-    verdict = tables["verdict"]
-    if verdict.rows:
-        (_, _, _, *questions), *rows = lines_of("verdict", verdict.rows)
-        for method, setting, seeds, *answers in rows:
-            said = [f"{question}: {answer}" for question, answer in zip(questions, answers, strict=True) if answer]
-            if said:  # seeds in common with others
-                printed.tell(console, f"{method}, {setting}, {seeds} seeds", said)
-    printed.tell(console, "", tables["multiplicity"].notes)
+    (_, _, _, *questions), *rows = lines_of("verdict", tables["verdict"].rows)
+    for method, setting, seeds, *answers in rows:
+        said = [f"{question}: {answer}" for question, answer in zip(questions, answers, strict=True) if answer]
+        if said:  # seeds in common with others
+            printed.tell(console, said, f"{method}, {setting}, {seeds} seeds")
+    printed.tell(console, tables["multiplicity"].notes)
 
 
 def main(arguments: list[str]) -> int:

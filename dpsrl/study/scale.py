@@ -401,7 +401,7 @@ def main(arguments: list[str]) -> int:
     savings_shown = [name for name in made["savings"][0] if "saves" in name]
     printed.show(console, "of the time for as many mixed groups", made["savings"], ["model", "GPUs", *savings_shown])
     printed.show(console, "where a part takes a tenth of a step", made["limits"], made["limits"][0])
-    printed.tell(console, "", sentences({name: entry["value"] for name, entry in entries.items()}))
+    printed.tell(console, sentences({name: entry["value"] for name, entry in entries.items()}))
     console.print(f"\nall tables are in {PAGE}, the constants in {CONSTANTS}", highlight=False)
     PAGE.write_text(fill(PAGE.read_text(), entries))
     return 0

@@ -74,4 +74,4 @@ def test_what_selection_saves_at_scale(capsys, monkeypatch, tmp_path):
     lines = capsys.readouterr().out.splitlines()
     assert all(len(line) <= 80 for line in lines) and not any("…" in line or "**" in line for line in lines)
     found = [line.split() for line in lines if line.startswith(("1.5B ", "7B ", "32B "))]
-    assert len(found) == 3 * 3 + 3 and all(cell.endswith(("%", "never", "GPUs")) for row in found for cell in row[-1:])
+    assert len(found) == 3 * 3 + 3 and all(row[-1].endswith(("%", "never", "GPUs")) for row in found)
