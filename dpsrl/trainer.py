@@ -373,14 +373,16 @@ def lr_at(update: int, config: TrainerConfig, total_updates: int) -> float:
 
 def _deepspeed_config(config: Config) -> dict[str, Any]:
     half = config.model.dtype == "bfloat16"
-    # In bfloat16 DeepSpeed shares out its float32 copies over ranks in stage 0 too, but takes no loss scale there.
-    stage = max(1, config.trainer.zero_stage) if half else config.trainer.zero_stage
+    # Sums of hundreds of micro-batches need float32, or what is added last falls off the end of 8 bits. Of the stages
+    # that take it, 2 is the lowest that takes a loss scale too.
+    stage = max(2, config.trainer.zero_stage) if half else config.trainer.zero_stage
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,  # any number of backward calls, then step()
         "gradient_clipping": config.trainer.max_grad_norm,
         "bf16": {"enabled": half},
+        "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {"stage": stage} | _offload(config.trainer.offload),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -1,6 +1,7 @@
 """Real DeepSpeed ranks: one update is the same update however many ranks share it, whatever ZeRO stage they are at."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -144,3 +145,20 @@ def test_bfloat16_trains_to_nearly_the_same(ranks, reference, arguments):
     assert metrics["loss"] == pytest.approx(reference[0]["loss"], abs=0.05)
     # Rounding moves the importance weights of unlikely tokens; a wrong scale would be a factor of hundreds.
     assert metrics["grad_norm"] == pytest.approx(reference[0]["grad_norm"], rel=0.4)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_in_bfloat16_the_last_of_many_micro_batches_counts_as_the_first(ranks, stage):
+    """A sum kept in bfloat16 stands still once it is some hundred times what is added."""
+    config = configuration("model.dtype=bfloat16", "trainer.max_grad_norm=1e9", f"trainer.zero_stage={stage}")
+    (update,) = lay_out(groups(1, config), 1, 1, config.trainer.micro_batch_tokens)
+    times = 400
+    many = replace(
+        update, ranks=[update.ranks[0] * times], total_weight=update.total_weight * times,
+        trained_weight=update.trained_weight * times,
+    )  # fmt: skip
+    norms = []
+    for one in (update, many):
+        ranks(1).start(config)
+        norms.append(ranks(1).train([one])["grad_norm"])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
