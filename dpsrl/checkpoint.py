@@ -66,9 +66,12 @@ class Checkpoint:
 
 def write_checkpoint(
     folder: Path, parts: Mapping[str, Callable[[Path], None]], step: int, serial: int, score: float | None,
-    about: dict[str, Any],
+    about: dict[str, Any], tick: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
-    """Fills the new `folder`; on return all of it is on the disk, manifest included, but not the folder's own name."""
+    """Fills the new `folder`; on return all of it is on the disk, manifest included, but not the folder's own name.
+
+    tick: called after each file that is done, however long all of them take.
+    """
     assert parts, "a checkpoint of nothing"
     for name, write in parts.items():
         (folder / name).mkdir(parents=True)
@@ -84,7 +87,11 @@ def write_checkpoint(
     names = sorted(sizes, key=sizes.__getitem__, reverse=True)  # the longest work first
     jobs = [(action, folder / name) for name in names for action in (sync, sha256)]
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(lambda job: job[0](job[1]), jobs))[1::2]
+        done = []
+        for result in pool.map(lambda job: job[0](job[1]), jobs):
+            done.append(result)
+            tick()
+    digests = done[1::2]
     files = {name: (sizes[name], digest) for name, digest in sorted(zip(names, digests, strict=True))}
     with (folder / MANIFEST).open("wb") as file:
         file.write(sealed(Manifest(step, serial, score, about, files)))

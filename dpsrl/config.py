@@ -33,12 +33,12 @@ from dpsrl.types import UserError
 PACKAGE_DIR = Path(__file__).parent
 
 
-def key(default: Any, text: str, *, ge=None, gt=None, le=None, choices: tuple = (), own: bool = False) -> Any:
+def key(default: Any, text: str, *, ge=None, gt=None, le=None, lt=None, choices: tuple = (), own: bool = False) -> Any:
     """A configuration key: its default, what it means (with unit), and the values it accepts.
 
     own: beside `choices`, a function of the user's own, my_module:function.
     """
-    metadata = {"text": text, "ge": ge, "gt": gt, "le": le, "choices": choices, "own": own}
+    metadata = {"text": text, "ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices, "own": own}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -162,7 +162,7 @@ CONTROLLER_KEYS = (
 class RolloutConfig:
     num_workers: int = key(1, "vLLM engines", ge=1)
     num_rollouts: int = key(8, "rollouts per prompt", ge=2)
-    temperature: float = key(1.0, "sampling temperature, applied in the trainer too", gt=0)
+    temperature: float = key(1.0, "sampling temperature, applied in the trainer too", ge=0.01)
     spare_share: float = key(
         0.0,
         "share of a batch rolled out beyond it: a step ends with a batch, the rest goes on after the sync",
@@ -210,14 +210,14 @@ class AlgoConfig:
 @dataclass
 class TrainerConfig:
     num_workers: int = key(1, "DeepSpeed ranks", ge=1)
-    zero_stage: int = key(1, "DeepSpeed ZeRO stage", choices=(0, 1, 2, 3))
+    zero_stage: int = key(1, "DeepSpeed ZeRO stage; bfloat16 runs 0 and 1 as 2", choices=(0, 1, 2, 3))
     micro_batch_tokens: int = key(16384, "tokens of one forward and backward pass", ge=1)
     lr: float = key(1e-6, "peak learning rate", gt=0)
     lr_schedule: str = key("constant", "after the warm-up", choices=("constant", "linear", "cosine"))
     warmup_updates: int = key(0, "updates over which the learning rate rises from 0", ge=0)
     weight_decay: float = key(0.1, "AdamW weight decay", ge=0)
-    beta1: float = key(0.9, "AdamW beta 1", ge=0, le=1)
-    beta2: float = key(0.999, "AdamW beta 2", ge=0, le=1)
+    beta1: float = key(0.9, "AdamW beta 1", ge=0, lt=1)
+    beta2: float = key(0.999, "AdamW beta 2", ge=0, lt=1)
     max_grad_norm: float = key(1.0, "gradients are scaled down to this norm", gt=0)
     max_skipped: int = key(5, "updates in a row that may be skipped, not being finite, before the run ends", ge=1)
     gradient_checkpointing: bool = key(False, "recompute activations in the backward pass")
@@ -243,7 +243,7 @@ class EvalConfig:
         "or 'train'",
     )
     num_rollouts: int = key(16, "samples per prompt: the K of avg@K", ge=1)
-    temperature: float = key(0.6, "sampling temperature", ge=0)
+    temperature: float = key(0.6, "sampling temperature; 0: the likeliest token, with eval.num_rollouts=1", ge=0)
 
 
 @dataclass
@@ -556,6 +556,7 @@ def _check_range(name: str, value: Any, limits: Any) -> None:
         (limits["ge"], lambda v, b: v >= b, "at least"),
         (limits["gt"], lambda v, b: v > b, "above"),
         (limits["le"], lambda v, b: v <= b, "at most"),
+        (limits["lt"], lambda v, b: v < b, "below"),
     ):
         if bound is not None and not holds(value, bound):
             raise UserError(f"{name}={value} is out of range: it must be {words} {bound}")
@@ -592,6 +593,11 @@ def _check_together(config: Config) -> None:
         raise UserError(
             f"reward.overlong_tokens={config.reward.overlong_tokens} is more than model.max_response_tokens="
             f"{config.model.max_response_tokens}: choose at most that"
+        )
+    if config.eval.temperature == 0 and config.eval.num_rollouts > 1:
+        raise UserError(
+            f"eval.temperature=0 gives the same answer each time, and eval.num_rollouts={config.eval.num_rollouts}: "
+            "use eval.num_rollouts=1, or a temperature above 0"
         )
     OutcomeRule(config.selection.unsolved_at, config.selection.solved_at, config.selection.min_spread)
 

@@ -13,8 +13,11 @@ from typing import Any
 import numpy as np
 
 from dpsrl.checkpoint import read_state
-from dpsrl.config import Config
+from dpsrl.config import Config, selector_config
+from dpsrl.controller import part_of
+from dpsrl.own import is_own
 from dpsrl.run_folder import RunFolder
+from dpsrl.selection import build_selector
 from dpsrl.types import UserError
 
 MAX_ROLLOUTS = 10**9  # of a line; more is a mistake, and sums must stay whole
@@ -53,10 +56,24 @@ class Prior:
 def read_prior(config: Config, prompt_ids: np.ndarray) -> Prior:
     """What `selection.prior_rates` and `selection.warm_start` name; UserError where it cannot be used."""
     selection = config.selection
-    return Prior(
-        read_pass_rates(Path(selection.prior_rates), prompt_ids) if selection.prior_rates else None,
-        read_controller_state(Path(selection.warm_start)) if selection.warm_start else None,
+    rates = read_pass_rates(Path(selection.prior_rates), prompt_ids) if selection.prior_rates else None
+    if not selection.warm_start:
+        return Prior(rates)
+    state = read_controller_state(Path(selection.warm_start))
+    if not is_own(selection.method):
+        _try(state, config)
+    return Prior(rates, state)
+
+
+def _try(state: dict[str, Any], config: Config) -> None:
+    """A selector of one prompt takes over all that is not about single prompts."""
+    selector = build_selector(
+        **selector_config(config), num_prompts=1, num_rollouts=config.rollout.num_rollouts, seed=config.seed
     )
+    try:
+        selector.adopt(part_of(state, "selector."), np.full(len(state["prompt_ids"]), -1))
+    except UserError as error:
+        raise UserError(f"selection.warm_start={config.selection.warm_start}: {error}") from None
 
 
 def read_pass_rates(path: Path, prompt_ids: np.ndarray) -> PassRates:

@@ -122,13 +122,13 @@ class RunFolder:
 
     def save_checkpoint(
         self, step: int, parts: Mapping[str, Callable[[Path], None]], about: dict[str, Any], keep: int,
-        score: float | None = None, say: Callable[[str], None] = print,
+        score: float | None = None, say: Callable[[str], None] = print, tick: Callable[[], None] = lambda: None,
     ) -> Path:  # fmt: skip
         """The finished folder `checkpoints/step_N`, for whose sub-folder `name` `parts[name]` was called.
 
         Only when it is whole and on the disk are others removed: the `keep` saved last stay, and the one with the
-        highest score; `say` is told of one that cannot be. CheckpointError if it cannot be written; the others are then
-        untouched. A score that is no finite number counts as none.
+        highest score; `say` is told of one that cannot be. tick: called after each file that is done. CheckpointError
+        if it cannot be written; the others are then untouched. A score that is no finite number counts as none.
         """
         about = json.loads(json.dumps(about))  # what cannot be said in JSON is a mistake of ours, found before writing
         score = float(score) if score is not None and math.isfinite(score) else None
@@ -137,7 +137,7 @@ class RunFolder:
         try:
             self._tidy()
             serial = 1 + max((checkpoint.manifest.serial for checkpoint in self._finished()), default=0)
-            write_checkpoint(unfinished, parts, step, serial, score, about)
+            write_checkpoint(unfinished, parts, step, serial, score, about, tick)
             self._put_in_place(unfinished, folder)
         except BaseException as error:
             written = _num_bytes(unfinished)

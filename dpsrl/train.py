@@ -218,7 +218,7 @@ def begin_update(run: Run, batch: list[Group], step: int) -> Any:
 def reference_kl(run: Run, batch: list[Group]) -> list[np.ndarray] | None:
     """Nats by rollout, k1 over its tokens, where the KL to the reference is in the reward (RLOO 2402.14740, eq. 5)."""
     algo = run.config.algo
-    if not (algo.kl_coef and algo.kl_in == "reward"):
+    if not batch or not (algo.kl_coef and algo.kl_in == "reward"):
         return None
     groups = whole_groups(batch)
     (update,) = lay_out_step(groups, run.config, num_updates=1, skip_constant=False)
@@ -300,7 +300,7 @@ def save(run: Run, score: float | None) -> None:
         with run.metrics.timer("time/checkpoint_s"):
             run.checked.folder.save_checkpoint(
                 run.driver.step, parts, run.checked.about, run.config.checkpoint.keep, score,
-                say=lambda text: run.event("checkpoint", text),
+                say=lambda text: run.event("checkpoint", text), tick=run.cluster.watchdog.beat,
             )  # fmt: skip
         run.saved = run.driver.step
     except CheckpointError as error:  # whatever went wrong in a part

@@ -343,7 +343,10 @@ class TrainerWorker:
 
     def save_model(self, folder: str) -> None:
         """A Hugging Face folder with this policy; called on every rank, written by rank 0."""
-        weights = {name: tensor.clone().cpu() for name, tensor in self._source()}
+        weights = {}
+        for name, tensor in self._source():  # all ranks take part, one keeps it
+            if self.rank == 0:
+                weights[name] = tensor.clone().cpu()
 
         def write() -> None:
             if self.rank == 0:

@@ -20,9 +20,9 @@ def advantages(rewards: Sequence[np.ndarray], kind: str = "grpo") -> list[np.nda
                    (REINFORCE++ with baseline, arXiv 2501.03262, section 3.2)
 
     A group's std is the unbiased one (divided by G - 1): the paper does not say, and TRL and verl both take that one;
-    the batch's, over the groups whose rewards differ, is divided by the number of rollouts. A missing reward is NaN: it
-    is left out of every mean and std, and its advantage is 0. A group whose rewards are all the same, or that has
-    fewer than two, gets exactly 0 everywhere: the rounding left over by the mean must not be blown up by a tiny std.
+    the batch's is divided by the number of rollouts. A missing reward is NaN: it is left out of every mean and std, and
+    its advantage is 0. A group whose rewards are all the same, or that has fewer than two, gets exactly 0 everywhere:
+    the rounding left over by the mean must not be blown up by a tiny std.
     ValueError on an infinite reward or an unknown kind.
     """
     if kind not in KINDS:

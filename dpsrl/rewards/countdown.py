@@ -99,9 +99,10 @@ def extract_expression(response: str) -> str:
 
 def _last_answer(response: str) -> str | None:
     """The text in the last closed <answer> tag, or None. Linear in the response."""
-    close = response.rfind(_ANSWER_CLOSE)
-    start = response.rfind(_ANSWER_OPEN, 0, close) if close >= 0 else -1
-    return response[start + len(_ANSWER_OPEN) : close] if start >= 0 else None
+    last_close = response.rfind(_ANSWER_CLOSE)
+    start = response.rfind(_ANSWER_OPEN, 0, last_close) if last_close >= 0 else -1
+    # Up to the first end tag: models repeat it.
+    return response[start + len(_ANSWER_OPEN) : response.find(_ANSWER_CLOSE, start)] if start >= 0 else None
 
 
 def _equals(text: str, numbers: list[int], target: int) -> bool:

@@ -182,7 +182,7 @@ def candidates(value_E: np.ndarray, num_picks: int) -> np.ndarray:
     own = value_E[1:]
     if own.size > 8 * SAMPLE:
         sample = np.sort(own[:: own.size // SAMPLE])
-        rank = max(16, 2 * num_picks * sample.size // own.size)
+        rank = min(max(16, 2 * num_picks * sample.size // own.size), sample.size)
         above = np.flatnonzero(own >= sample[-rank] - TIE)
         if above.size >= num_picks:
             return above + 1

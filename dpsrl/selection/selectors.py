@@ -208,7 +208,13 @@ class Selector:
         rows[0] = 0
         kept = np.flatnonzero(rows >= 0)
         per_entry = self._entry_arrays()
+        if hasattr(self.belief, "fit_in") and state.keys() == own.keys():
+            theirs = {name.removeprefix("belief."): array for name, array in state.items()}
+            state = state | {f"belief.{name}": array for name, array in self.belief.fit_in(theirs).items()}
         taken = {name: array[..., kept] if name in per_entry else array for name, array in state.items()}
+        for name in taken.keys() & own.keys():  # few prompts are kept in float64, many in float32
+            if taken[name].dtype.kind == own[name].dtype.kind == "f":
+                taken[name] = taken[name].astype(own[name].dtype)
         taken |= {"row": rows[kept].astype(np.int32), "num_prompts": own["num_prompts"], "generator": own["generator"]}
         taken |= {name: np.zeros_like(taken[name]) for name in ("num_selected", "last_selected")}
         self.load_state_dict(taken)

@@ -209,3 +209,16 @@ def test_new_weights_arrive_and_a_torn_update_replaces_the_engines(ends):
     samples = [sample for _, of_request in all_of(rollouts, []) for sample in of_request]
     assert len(samples) == 4 * 64
     assert all(sample.versions == [(version + 2, sample.token_ids.size)] for sample in samples)
+
+
+def test_engines_lost_twice_during_one_update_get_the_version_that_it_makes(ends):
+    trainers, rollouts, weights = ends
+    version = weights.policy_version
+    group = TrainGroup(weights.canary[:5], [weights.canary[5:9]], [np.full(4, -1.0, dtype=np.float32)], np.ones(1))
+    calls = trainers.begin(lay_out([group], 1, 1, 100))
+    for _ in range(2):
+        weights.recover({})
+        assert rollouts.policy_versions() == [version + 1] * 2
+    trainers.finish(calls)
+    weights.recover({})
+    assert rollouts.policy_versions() == [version + 1] * 2

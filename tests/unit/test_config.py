@@ -79,7 +79,8 @@ def test_a_choice_of_method_brings_its_own_options_in_place_of_the_defaults():
         ("trainer.lr=fast", ["trainer.lr=fast", "Float"]),
         ("dry_run=perhaps", ["dry_run=perhaps", "bool"]),
         ("train.steps=0", ["train.steps=0", "at least 1"]),
-        ("rollout.temperature=0", ["rollout.temperature=0", "above 0"]),
+        ("rollout.temperature=0", ["rollout.temperature=0", "at least 0.01"]),
+        ("trainer.beta2=1", ["trainer.beta2=1", "below 1"]),
         ("trainer.zero_stage=4", ["trainer.zero_stage=4", "0, 1, 2, 3"]),
         ("algo.aggregation=mean", ["algo.aggregation=mean", "token_mean"]),
         ("train.num_updates=3", ["train.batch=64", "train.num_updates=3"]),
@@ -196,6 +197,7 @@ def test_the_configs_lie_where_they_are_looked_for():
         (["trainer.offload=all", "trainer.zero_stage=2"], "trainer.offload=all needs trainer.zero_stage=3"),
         (["trainer.offload=optimizer", "trainer.zero_stage=0"], "needs trainer.zero_stage=1, 2 or 3"),
         (["reward.overlong_tokens=1000"], "more than model.max_response_tokens=32"),
+        (["eval.temperature=0"], "eval.num_rollouts=8: use eval.num_rollouts=1"),
     ],
 )
 def test_keys_that_contradict_each_other_are_refused(arguments, sentence):

@@ -408,3 +408,20 @@ def test_a_warm_start_matches_prompts_by_id():
     assert second.selector.coverage == 0
     with pytest.raises(UserError, match="another selection method"):
         mixed_build().warm_start(first.state_dict())
+
+
+@pytest.mark.parametrize("num_rollouts", [2, 5, 16])
+@pytest.mark.parametrize("method", ["dps", "forecast", "beta", "kalman", "ema_variance"])
+def test_a_warm_start_may_have_other_groups_and_so_many_prompts_that_precision_is_single(method, num_rollouts):
+    earlier = Controller([f"p{i}" for i in range(20)], 4, {"method": method}, 8, seed=0)
+    earlier.anchor(np.arange(12), np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3]), np.array([8] * 9 + [2, 4, 5]))
+    earlier.anchor(np.arange(5), np.arange(5), np.full(5, 8))
+    later = Controller([f"p{i}" for i in range(200_001)], 4, {"method": method}, num_rollouts, seed=1)
+    assert later.warm_start(earlier.state_dict()) == 12
+    belief, theirs = later.selector.belief, earlier.selector.belief
+    if hasattr(belief, "rate"):  # of a prompt, whatever the number of rollouts that one asks about
+        np.testing.assert_allclose(belief.rate()[1:], theirs.rate()[1:], atol=2e-3)
+    ids = [index for index, _ in later.select()]
+    later.admit([Outcome(index, 1, num_rollouts) for index in ids])
+    later.observe()
+    assert np.isfinite(later.selector.predict(ids)).all()

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from dpsrl.checkpoint import write_state
+from dpsrl.config import load_config
 from dpsrl.controller import Controller
-from dpsrl.prior import read_controller_state, read_pass_rates
+from dpsrl.prior import read_controller_state, read_pass_rates, read_prior
 from dpsrl.run_folder import RunFolder
 from dpsrl.types import UserError
 
@@ -75,3 +76,13 @@ def test_a_controllers_state_comes_from_a_checkpoint_or_the_latest_of_a_run(tmp_
     assert Controller(np.array([0xB, 0xA], dtype=np.uint64), 1, {"method": "dps"}, 8, seed=0).warm_start(state) == 1
     with pytest.raises(UserError, match="holds no controller's state"):
         read_controller_state(tmp_path / "nowhere")
+
+
+def test_beliefs_that_cannot_be_taken_over_are_refused_when_they_are_read(tmp_path):
+    state = Controller(IDS, 2, {"method": "dps"}, 8, seed=0).state_dict()
+    parts = {"controller": lambda folder: write_state(folder, state)}
+    RunFolder(tmp_path).save_checkpoint(1, parts, {}, keep=1)
+    with pytest.raises(UserError, match=f"selection.warm_start={tmp_path}: .*another selection method"):
+        read_prior(load_config(["+recipe=quickstart", f"selection.warm_start={tmp_path}"]), IDS)
+    prior = read_prior(load_config(["+recipe=quickstart", "selection=dps", f"selection.warm_start={tmp_path}"]), IDS)
+    assert prior.state is not None and prior.state.keys() == state.keys()

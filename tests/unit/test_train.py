@@ -12,7 +12,7 @@ from dpsrl.config import load_config
 from dpsrl.resume import Driver
 from dpsrl.run_folder import RunFolder
 from dpsrl.stops import StopRequests
-from dpsrl.train import save, train_until_done, watch_skipped
+from dpsrl.train import reference_kl, save, train_until_done, watch_skipped
 
 pytestmark = pytest.mark.process
 
@@ -24,9 +24,10 @@ def run(tmp_path):
     def write(folder):
         np.save(folder / "weights.npy", np.zeros(3))
 
-    said = []
+    said, beats = [], []
     return SimpleNamespace(
         config=load_config(["+recipe=quickstart"]), driver=Driver(step=1), saved=0, said=said, elapsed_s=lambda: 1.0,
+        cluster=SimpleNamespace(watchdog=SimpleNamespace(beat=lambda: beats.append(1))), beats=beats,
         event=lambda kind, text: said.append((kind, text)), screen=SimpleNamespace(stage=lambda *_: None),
         metrics=SimpleNamespace(so_far=lambda step: {}, timer=lambda name: nullcontext()),
         trainers=SimpleNamespace(save_model=write, save_state=write),
@@ -74,6 +75,12 @@ def test_a_checkpoint_that_cannot_be_removed_costs_nothing(run, monkeypatch):
     assert run.saved == 1 and run.checked.folder.newest_checkpoint()[0].step == 1
 
 
+def test_each_file_of_a_checkpoint_counts_as_progress(run):
+    save(run, None)
+    (saved,) = run.checked.folder.list_checkpoints()
+    assert len(run.beats) >= sum(path.is_file() for path in saved.rglob("*")) - 1  # the manifest is the last
+
+
 def test_updates_in_a_row_are_counted_across_steps_and_within_one(run):
     run.num_skipped, run.config.trainer.max_skipped = 0, 5
     watch_skipped(run, [True, True, False, True], 1)
@@ -101,3 +108,8 @@ def test_a_party_lost_after_a_request_to_stop_is_not_started_again(run, monkeypa
         "trainer-0 died while it should train: asked to stop (SIGTERM), and this was not saved; resume=auto goes on "
         "from step 1"
     ]
+
+
+def test_without_a_group_to_train_on_there_is_no_kl_to_the_reference():
+    config = load_config(["+recipe=quickstart", "algo.kl_coef=0.1", "algo.kl_in=reward"])
+    assert reference_kl(SimpleNamespace(config=config), []) is None

@@ -30,7 +30,8 @@ class Belief(Protocol):
 
     A belief may also give, each (E,): `rate()`, the expected pass rate; `variance()`, E[p (1 - p)]; `spread()`, the
     standard deviation of the chance of a mixed group; and `draw(entries, generator)`, pass rates drawn from the
-    belief, one for each entry named. A score or pick that needs one is refused with a belief that lacks it.
+    belief, one for each entry named. A score or pick that needs one is refused with a belief that lacks it. And
+    `fit_in(arrays)`, where arrays depend on the usual size of a group: another run's arrays as they would be here.
     """
 
     predicts: bool

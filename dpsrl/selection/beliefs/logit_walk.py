@@ -35,6 +35,7 @@ MEAN_M = np.linspace(-9.0, 9.0, 145)
 SD_D = np.linspace(0.0, 3.5, 36)
 UNSOLVED, SOLVED, SQUARE, RATE, RATE_SQUARE = range(5)
 STEPS_Q = np.linspace(-5.0, 5.0, 41)  # where a posterior is integrated, in standard deviations of its prior
+MAX_FOLLOWED = 20  # times that these are moved after a posterior
 
 
 class LogitWalk:
@@ -153,11 +154,7 @@ class LogitWalk:
         self._seen_E[entries_B[usual]] = ONCE
         # A group larger than any in the table, as of a separate pass over the data, gets its moments at once.
         large, solved_L, rollouts_L = entries_B[~usual], num_solved_B[~usual], num_rollouts_B[~usual]
-        mean_L, var_L = grid_moments(self._population_G, solved_L, rollouts_L)
-        gain = self._shared[1]
-        self._moments_5E[:, large] = np.stack(
-            [mean_L, var_L, np.full_like(mean_L, gain), np.full_like(mean_L, gain**2 + MIN_VAR), np.zeros_like(mean_L)]
-        )
+        self._moments_5E[:, large] = first_moments(self._population_G, solved_L, rollouts_L, self._shared[1])
         self._seen_E[large] = OFTEN
 
     def _observe_again(self, entries_B, num_solved_B, num_rollouts_B, made_B) -> None:
@@ -229,6 +226,23 @@ class LogitWalk:
         self._once_mean_P, self._once_var_P = grid_moments(self._fit_G, *self._pairs_P2.T)
         self._outcome_E5 = None
 
+    def fit_in(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What differs in another run's arrays where its groups were larger or smaller.
+
+        Of a prompt seen once the group is kept, as a row of `pairs`, whose order does not depend on where they end; one
+        that ends beyond gets its moments at once, as if it had been seen here.
+        """
+        theirs, num_pairs = arrays["weight"], len(self._pairs_P2)
+        weight = np.zeros(num_pairs)
+        weight[: theirs.size] = theirs[:num_pairs]
+        moments_5E, seen_E = arrays["moments"].copy(), arrays["seen"].copy()
+        beyond = np.flatnonzero((seen_E == ONCE) & (arrays["first"] >= num_pairs))
+        rollouts = ((np.sqrt(8 * arrays["first"][beyond] + 9) - 1) / 2).astype(np.int64)
+        solved = arrays["first"][beyond] + 1 - rollouts * (rollouts + 1) // 2
+        moments_5E[:, beyond] = first_moments(arrays["fit"], solved, rollouts, arrays["shared"][1])
+        seen_E[beyond] = OFTEN
+        return {"weight": weight, "moments": moments_5E, "seen": seen_E}
+
     def entry_arrays(self) -> dict[str, np.ndarray]:
         return {
             "moments": self._moments_5E,
@@ -267,15 +281,34 @@ def grid_moments(prior_G: np.ndarray, num_solved_B: np.ndarray, num_rollouts_B: 
     return mean_B, np.maximum(weight_BG @ GRID_G**2 - mean_B**2, 1e-3)
 
 
+def first_moments(prior_G: np.ndarray, num_solved_B: np.ndarray, num_rollouts_B: np.ndarray, gain: float) -> np.ndarray:
+    """Mean, variance, gain, its variance and the covariance, (5, B), after a prompt's first group."""
+    mean_B, var_B = grid_moments(prior_G, num_solved_B, num_rollouts_B)
+    return np.stack(
+        [mean_B, var_B, np.full_like(mean_B, gain), np.full_like(mean_B, gain**2 + MIN_VAR), np.zeros_like(mean_B)]
+    )
+
+
 def posterior_moments(mean_B: np.ndarray, var_B: np.ndarray, num_solved_B: np.ndarray, num_rollouts_B: np.ndarray):
-    """Mean and variance, (B,) each, of a Normal logit after a group, by quadrature over +-5 standard deviations."""
-    logit_BQ = mean_B[:, None] + np.sqrt(var_B)[:, None] * STEPS_Q
+    """Mean and variance, (B,) each, of a Normal logit after a group, by quadrature over +-5 standard deviations.
+
+    Where a group was so great a surprise that the posterior ends outside of these, they follow it.
+    """
+    sd_B, shift_B = np.sqrt(var_B), np.zeros_like(mean_B)  # shift: of the nodes, in standard deviations
     missed_B = num_rollouts_B - num_solved_B
-    log_BQ = -0.5 * STEPS_Q**2 - num_solved_B[:, None] * np.logaddexp(0.0, -logit_BQ)
-    log_BQ -= missed_B[:, None] * np.logaddexp(0.0, logit_BQ)
-    weight_BQ = np.exp(log_BQ - log_BQ.max(axis=1, keepdims=True))
-    weight_BQ /= weight_BQ.sum(axis=1, keepdims=True)
-    new_mean_B = (weight_BQ * logit_BQ).sum(axis=1)
+    for _ in range(MAX_FOLLOWED):
+        steps_BQ = shift_B[:, None] + STEPS_Q
+        logit_BQ = mean_B[:, None] + sd_B[:, None] * steps_BQ
+        log_BQ = -0.5 * steps_BQ**2 - num_solved_B[:, None] * np.logaddexp(0.0, -logit_BQ)
+        log_BQ -= missed_B[:, None] * np.logaddexp(0.0, logit_BQ)
+        weight_BQ = np.exp(log_BQ - log_BQ.max(axis=1, keepdims=True))
+        weight_BQ /= weight_BQ.sum(axis=1, keepdims=True)
+        new_mean_B = (weight_BQ * logit_BQ).sum(axis=1)
+        new_shift_B = (new_mean_B - mean_B) / sd_B
+        far_B = np.abs(new_shift_B - shift_B) > STEPS_Q[-1] - 1.0
+        if not far_B.any():
+            break
+        shift_B = np.where(far_B, new_shift_B, shift_B)
     return new_mean_B, np.maximum((weight_BQ * (logit_BQ - new_mean_B[:, None]) ** 2).sum(axis=1), MIN_VAR)
 
 

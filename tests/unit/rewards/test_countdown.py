@@ -31,6 +31,7 @@ RIGHT, WRONG = Score(1.0, True), Score(0.0, False)
         ("0*5", [5, 0], 0),
         ("<think>3+5*7=38</think><answer>(3+5)+7</answer>", [3, 5, 7], 15),
         ("<answer>3*5*7</answer> no: <answer> 3+5+7 = 15 </answer> done", [3, 5, 7], 15),
+        ("<answer>3+5+7</answer></answer> <answer>", [3, 5, 7], 15),
     ],
 )
 def test_right_responses(response, numbers, target):

@@ -249,11 +249,12 @@ def test_streaks_and_their_keep_chance():
 
 
 def test_posterior_moments_by_a_fine_grid():
-    mean, var = np.array([-1.0, 0.5, 3.0]), np.array([2.0, 0.3, 4.0])
-    solved, rollouts = np.array([0, 5, 8]), np.array([8, 8, 16])
+    """The last three are surprises that leave what is believed far behind."""
+    mean, var = np.array([-1.0, 0.5, 3.0, 10.0, 6.0, -9.0]), np.array([2.0, 0.3, 4.0, 2.0, 1.0, 1.0])
+    solved, rollouts = np.array([0, 5, 8, 0, 0, 64]), np.array([8, 8, 16, 8, 64, 64])
     got = posterior_moments(mean, var, solved, rollouts)
     logit = np.linspace(-25, 25, 50_001)
-    for i in range(3):
+    for i in range(mean.size):
         p = 1 / (1 + np.exp(-logit))
         weight = (
             np.exp(-((logit - mean[i]) ** 2) / (2 * var[i])) * p ** solved[i] * (1 - p) ** (rollouts[i] - solved[i])

@@ -396,6 +396,9 @@ def test_top_k_of_millions_equals_sorting_them():
         picked = top_k(values, 0, 256, rng)
         assert values[picked].tolist() == np.sort(values[1:])[::-1][:256].tolist()
         assert np.unique(picked).size == 256 and 0 not in picked
+    values, blocked = rng.random(150_000), np.arange(1, 140_001)
+    assert top_k(values, 0, 100_000, rng).tolist() == (1 + np.argsort(-values[1:]))[:100_000].tolist()
+    assert top_k(values, 0, 256, rng, blocked).tolist() == (140_001 + np.argsort(-values[140_001:]))[:256].tolist()
 
 
 @pytest.mark.process
