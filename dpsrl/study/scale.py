@@ -242,7 +242,7 @@ def limit_gpus(model: Model, part: str, c: Constants, share: float = 0.1) -> flo
 
 
 def fits(model: Model, num_gpus: int, c: Constants) -> bool:
-    """Whether 18 bytes a parameter, split over ranks, leave room: weights in 2, gradients, masters, two moments in 4."""
+    """Whether 18 bytes a parameter, split over ranks, leave room: weights 2, gradients, masters, two moments 4."""
     return 18 * model.num_parameters / (num_gpus / 2) <= 0.8 * c["gpu_memory_gb"] * 1e9
 
 
