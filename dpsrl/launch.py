@@ -27,7 +27,7 @@ from dpsrl.evaluate import Benchmarks, outcome_rule
 from dpsrl.files import written_beside
 from dpsrl.groups import TRAINING, GroupStream
 from dpsrl.installed import check_installed
-from dpsrl.metrics import GroupLog, Metrics
+from dpsrl.metrics import GroupLog, Measured, Metrics
 from dpsrl.own import is_own
 from dpsrl.pools import ControllerHandle, RolloutPool, TrainerPool, transfer_backend
 from dpsrl.prior import Prior, read_prior
@@ -71,6 +71,7 @@ class Run:
     num_skipped: int = 0  # updates in a row
     saved: int = -1  # step of the last checkpoint
     early: EarlyTraining | None = None  # of the batch under way, with train.streaming
+    of_batch: Measured = field(default_factory=Measured)  # of the batch that is being generated
 
     def elapsed_s(self) -> float:
         """Since the run began, with what it took before it was taken up again."""

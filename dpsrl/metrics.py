@@ -129,6 +129,21 @@ def key_of(name: str) -> Key:
 Record = dict[str, Any]  # "step" and metric keys; a value that is not finite is null in the files
 
 
+class Measured:
+    """What came in under each key, to become one value each."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[float]] = {}
+
+    def add(self, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            key_of(name)
+            self._values.setdefault(name, []).append(value)
+
+    def reduced(self) -> Record:
+        return {name: reduce_values(key_of(name).reduce, values) for name, values in self._values.items()}
+
+
 class Metrics:
     """One record per step, built by `add` and `timer`, written to metrics.jsonl and handed to each sink.
 
@@ -142,12 +157,10 @@ class Metrics:
         self._file = Lines(path, last_step, say)
         self._sinks = sinks
         self.step = max(0, last_step)  # the last one finished
-        self._values: dict[str, list[float]] = {}
+        self._measured = Measured()
 
     def add(self, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            key_of(name)
-            self._values.setdefault(name, []).append(value)
+        self._measured.add(values)
 
     @contextmanager
     def timer(self, name: str) -> Iterator[None]:
@@ -160,11 +173,12 @@ class Metrics:
     def close_step(self, step: int) -> Record:
         """Reduces what came in since the last call, writes it out and returns it."""
         self.step = step
-        record, self._values = self.so_far(step), {}
+        record, self._measured = self.so_far(step), Measured()
         self._write(record)
         return record
 
     def _write(self, record: Record) -> None:
+        record = {name: plain(value) for name, value in record.items()}
         self._file.write(record)
         for sink in self._sinks:
             sink(record)
@@ -175,8 +189,7 @@ class Metrics:
 
     def so_far(self, step: int) -> Record:
         """The record that `close_step` would write now."""
-        reduced = {name: reduce_values(key_of(name).reduce, values) for name, values in self._values.items()}
-        return {"step": step} | reduced
+        return {"step": step} | self._measured.reduced()
 
     def restore(self, record: Record) -> None:
         """Writes a step's record where the run was killed between its checkpoint and its line."""
@@ -304,7 +317,7 @@ def summarize(records: Sequence[Record], policy_version: int, wall_s: float) -> 
 
     `eval_first`, `eval_last` and `eval_best`: benchmark -> accuracy, `eval_last` of those evaluated more than once;
     `eval_best_step` has the best one's step, `eval_measure` says which measure, as avg@8. `mixed_share` weighs steps by
-    their rollouts. `time_s`: seconds by phase; phases that run at once may exceed `wall_s`.
+    their scored groups. `time_s`: seconds by phase; phases that run at once may exceed `wall_s`.
     """
     evals: dict[str, list[tuple[str, float]]] = {}
     best: dict[str, tuple[float, int]] = {}  # the first of equal ones
@@ -344,15 +357,10 @@ def phase_seconds(record: Record) -> dict[str, float]:
 
 
 def mixed_share(records: Sequence[Record]) -> float | None:
-    """Mixed groups among all generated ones; None before the first step."""
-    before, weights, shares = 0, [], []
-    for record in records:
-        total = record.get("rollout/num_rollouts")
-        if total is not None and record.get("selection/mixed_share") is not None:
-            weights.append(total - before)
-            shares.append(record["selection/mixed_share"])
-        before = total if total is not None else before
-    return float(np.average(shares, weights=weights)) if sum(weights) > 0 else None
+    """Mixed groups among all that were generated and scored; None before the first."""
+    scored = [r for r in records if r.get("selection/mixed_share") is not None]
+    weights = [r["selection/num_generated"] - r["selection/num_unscored"] for r in scored]
+    return float(np.average([r["selection/mixed_share"] for r in scored], weights=weights)) if sum(weights) else None
 
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:

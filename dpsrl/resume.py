@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -147,6 +148,7 @@ class Driver:
     ledger: Ledger = field(default_factory=Ledger)
     admitted: dict[int, Group] = field(default_factory=dict)  # not yet in a batch
     batches: deque[list[Group]] = field(default_factory=deque)  # generated, not yet trained on
+    measured: deque[dict[str, Any]] = field(default_factory=deque)  # of each of these, for the step that trains on it
     under_way: dict[int, tuple[int, float]] = field(default_factory=dict)  # step of selection and P(mixed), by prompt
     record: dict[str, Any] = field(default_factory=dict)  # of `step`, as it was when the checkpoint was written
 
@@ -163,7 +165,7 @@ class Driver:
             "elapsed_s": elapsed_s,
             "ledger": asdict(self.ledger),
             "under_way": list(self.under_way.items()),
-            "num_batches": len(self.batches),
+            "measured": [{name: plain(value) for name, value in record.items()} for record in self.measured],
         }
         (folder / "state.json").write_text(json.dumps(state, indent=1))
         for place, groups in enumerate([self.admitted.values(), *self.batches]):
@@ -177,10 +179,11 @@ def read_driver(checkpoint: Checkpoint | None) -> Driver:
     folder = checkpoint.path / "driver"
     try:
         state = json.loads((folder / "state.json").read_text())
-        batches = [read_groups(folder / f"groups_{place}") for place in range(1 + state["num_batches"])]
+        batches = [read_groups(folder / f"groups_{place}") for place in range(1 + len(state["measured"]))]
         return Driver(
             checkpoint.step, state["num_generated"], state["num_rollouts"], state["elapsed_s"],
             Ledger(**state["ledger"]), {group.index: group for group in batches[0]}, deque(batches[1:]),
+            deque({n: math.nan if v is None else v for n, v in record.items()} for record in state["measured"]),
             {index: tuple(known) for index, known in state["under_way"]}, state["record"],
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -8,11 +8,13 @@ The step, as the algorithm box of the paper has it:
     update                  GRPO/DAPO loss of the admitted groups
     sync                    the engines take the new weights, and prove it
 
-With train.max_lag the first three, for the next batch, run during the update of this one.
+With train.max_lag the first three, for the next batch, run during the update of this one. What was measured of a batch
+stands in the line of the step that trains on it, as its groups do; seconds stand where they were spent.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from contextlib import ExitStack
@@ -32,13 +34,15 @@ from dpsrl.crew import Keeper
 from dpsrl.early import EarlyTraining
 from dpsrl.evaluate import exit_code
 from dpsrl.launch import Checked, Run, ask, dry_run, launch, open_run, preflight
-from dpsrl.metrics import read_events, read_lines, summarize, write_summary
+from dpsrl.metrics import Measured, read_events, read_lines, summarize, write_summary
 from dpsrl.report import write_report
 from dpsrl.resume import refuse_if_lost
 from dpsrl.run_folder import unwritable
 from dpsrl.screen import Screen
 from dpsrl.stops import StopRequests
 from dpsrl.types import Group
+
+OF_SCORED = ("rollout/solve_rate", "selection/mixed_share", "selection/brier")  # null where nothing has a reward
 
 
 def train(run: Run) -> bool:
@@ -72,14 +76,17 @@ def train_step(run: Run, step: int) -> None:
     """One select-to-sync cycle."""
     metrics, batches, started = run.metrics, run.driver.batches, time.monotonic()
     run.generating_s = run.training_s = 0.0
+    metrics.add({"time/select_ms": 0.0, "time/generate_s": 0.0, "time/score_s": 0.0})  # ahead, it was in steps before
     if not batches:
         batches.append(generate(run))
     run.weights.begin_training()
     batch = batches.popleft()
+    metrics.add(run.driver.measured.popleft())
     training = begin_update(run, batch, step)
     while may_run_ahead(run, training):
         batches.append(generate(run))
     finish_update(run, training, batch, step)
+    metrics.add({"rollout/num_rollouts": run.driver.num_rollouts})
     run.screen.stage("syncing weights")
     with metrics.timer("time/sync_s"):
         metrics.add(run.weights.send(step) | {"sync/policy_version": step})
@@ -92,7 +99,7 @@ def generate(run: Run) -> list[Group]:
     """The next batch: selects, rolls out, scores, admits, refills, and lets the controller observe."""
     config, metrics, driver = run.config, run.metrics, run.driver
     driver.num_generated += 1
-    run.groups.score_s = 0.0
+    run.groups.score_s, run.of_batch = 0.0, Measured()
     started = time.monotonic()
     with metrics.timer("time/select_ms"):
         selected = run.controller.select()
@@ -110,15 +117,16 @@ def generate(run: Run) -> list[Group]:
     run.generating_s += elapsed_s
     metrics.add({"time/generate_s": elapsed_s - run.groups.score_s, "time/score_s": run.groups.score_s})
     driver.num_rollouts += sum(len(group.rollouts) for group in groups)
-    metrics.add({"rollout/num_rollouts": driver.num_rollouts})
     if groups:
-        metrics.add(rollout_metrics(groups))
+        run.of_batch.add(rollout_metrics(groups))
         check_rewards(run, groups)
     with metrics.timer("time/select_ms"):
         begun = tuple(run.early.begun) if run.early else ()
-        metrics.add(run.controller.observe(ahead=run.groups.pending > 0, begun=begun))
-        metrics.add({f"selection/occupancy/{state}": n for state, n in run.controller.occupancy().items()})
-    return next_batch(run)
+        run.of_batch.add(run.controller.observe(ahead=run.groups.pending > 0, begun=begun))
+        run.of_batch.add({f"selection/occupancy/{state}": n for state, n in run.controller.occupancy().items()})
+    batch = next_batch(run)
+    driver.measured.append(dict.fromkeys(OF_SCORED, math.nan) | run.of_batch.reduced())
+    return batch
 
 
 def roll_out(run: Run, selected: list[tuple[int, float]]) -> None:
@@ -146,7 +154,7 @@ def next_groups(run: Run) -> list[Group]:
     for (group, texts), count, is_admitted, is_audited in zip(taken, counts, admitted, audited, strict=True):
         _, predicted = driver.under_way.pop(group.index)
         if predicted == predicted:  # NaN where the method predicts nothing
-            run.metrics.add({"selection/predicted_share": predicted})
+            run.of_batch.add({"selection/predicted_share": predicted})
         run.group_log.write(driver.num_generated, group, count, is_admitted, is_audited, predicted)
         run.response_log.offer(driver.num_generated, group, count, texts)
         driver.ledger.came_back(group, is_admitted)
@@ -164,7 +172,7 @@ def next_batch(run: Run) -> list[Group]:
     groups = [run.driver.admitted.pop(index) for index in run.controller.trained()]
     if run.config.selection.admission != "all" and len(groups) < run.config.train.batch:
         short = run.config.train.batch - len(groups)
-        run.metrics.add({"selection/num_short": short})
+        run.of_batch.add({"selection/num_short": short})
         run.screen.line(
             f"warning: batch {run.driver.num_generated} has {len(groups)} mixed groups of the "
             f"{run.config.train.batch} wanted: no more prompts were left to roll out, or "
@@ -229,18 +237,18 @@ def reference_kl(run: Run, batch: list[Group]) -> list[np.ndarray] | None:
 
 def finish_update(run: Run, training: Any, batch: list[Group], step: int) -> None:
     """Waits for the trainer; warns when engine and trainer have drifted apart, or numbers were not finite."""
-    measures = {}
+    measures: dict[str, Any] = {"loss": math.nan, "mismatch_kl": math.nan}  # of no update
     if training is not None:
         run.screen.stage("training")
-        measures = run.trainers.finish(training)
+        measures |= run.trainers.finish(training)
         run.training_s, skipped = measures.pop("busy_s"), measures.pop("skipped")
-        run.metrics.add({"time/train_s": run.training_s} | {f"train/{name}": x for name, x in measures.items()})
         run.driver.ledger.skipped(
             sum(num for num, is_skipped in zip(run.in_update, skipped, strict=True) if is_skipped)
         )
         watch_skipped(run, skipped, step)
+    run.metrics.add({"time/train_s": run.training_s} | {f"train/{name}": x for name, x in measures.items()})
     run.metrics.add({"rollout/num_trained": run.driver.ledger.trained})
-    mismatch_kl = measures.get("mismatch_kl", 0.0)
+    mismatch_kl = measures["mismatch_kl"]
     if mismatch_kl > run.config.algo.mismatch_alarm:
         run.screen.line(
             f"warning: step {step}: engine and trainer differ by {mismatch_kl:.3g} nats of KL, more than "
