@@ -358,9 +358,10 @@ def phase_seconds(record: Record) -> dict[str, float]:
 
 def mixed_share(records: Sequence[Record]) -> float | None:
     """Mixed groups among all that were generated and scored; None before the first."""
-    scored = [r for r in records if r.get("selection/mixed_share") is not None]
-    weights = [r["selection/num_generated"] - r["selection/num_unscored"] for r in scored]
-    return float(np.average([r["selection/mixed_share"] for r in scored], weights=weights)) if sum(weights) else None
+    scored = [record for record in records if record.get("selection/mixed_share") is not None]
+    shares = [record["selection/mixed_share"] for record in scored]
+    weights = [(r.get("selection/num_generated") or 0) - (r.get("selection/num_unscored") or 0) for r in scored]
+    return float(np.average(shares, weights=weights)) if sum(weights) > 0 else None
 
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:

@@ -105,6 +105,7 @@ class Course:
                 "rollout/solve_rate": float(np.mean(rewards >= 1.0)),
                 "rollout/response_tokens": float(np.mean(lengths)),
                 "selection/mixed_share": float(np.mean((solved_B > 0) & (solved_B < self.config.rollout.num_rollouts))),
+                "selection/num_generated": solved_B.size,
                 "selection/coverage": len(self.seen) / self.num_prompts,
             }
         )

@@ -171,12 +171,17 @@ def test_lines_that_cannot_be_read_are_counted(tmp_path):
     assert read_lines(path) == ([{"step": 1}, {"step": 3, "train/loss": None}], 3)
 
 
+def groups(num_generated, num_unscored, mixed_share):
+    counts = {"selection/num_generated": num_generated, "selection/num_unscored": num_unscored}
+    return counts | {"selection/mixed_share": mixed_share}
+
+
 def test_the_summary_of_a_run_worked_by_hand():
     records = [
         {"step": 0, "eval/countdown/avg@8": 0.25, "time/start_s": 20.0, "time/eval_s": 4.0},
-        {"step": 1, "rollout/num_rollouts": 100, "selection/mixed_share": 0.5, "time/select_ms": 250.0},
-        {"step": 2, "rollout/num_rollouts": 400, "selection/mixed_share": 0.9, "time/generate_s": 3.0},
-        {"step": 3, "rollout/num_rollouts": 500, "selection/mixed_share": None, "eval/countdown/pass@8": 0.9},
+        {"step": 1, "rollout/num_rollouts": 100, **groups(14, 4, 0.5), "time/select_ms": 250.0},
+        {"step": 2, "rollout/num_rollouts": 400, **groups(30, 0, 0.9), "time/generate_s": 3.0},
+        {"step": 3, "rollout/num_rollouts": 500, **groups(9, 9, None), "eval/countdown/pass@8": 0.9},
         {"step": 4, "eval/countdown/avg@8": 0.5, "eval/aime24/avg@4": 0.125, "time/eval_s": 6.0},
     ]
     assert summarize(records, policy_version=4, wall_s=60.0) == {
@@ -188,7 +193,7 @@ def test_the_summary_of_a_run_worked_by_hand():
         "eval_best": {"countdown": 0.5, "aime24": 0.125},
         "eval_best_step": {"countdown": 4, "aime24": 4},
         "eval_measure": {"countdown": "avg@8", "aime24": "avg@4"},
-        "mixed_share": pytest.approx((100 * 0.5 + 300 * 0.9) / 400),
+        "mixed_share": pytest.approx((10 * 0.5 + 30 * 0.9) / 40),
         "policy_version": 4,
         "time_s": {"start": 20.0, "eval": 10.0, "select": 0.25, "generate": 3.0},
     }

@@ -27,6 +27,7 @@ def make_run(folder, num_steps=5, finished=True):
         }
         line |= {
             "selection/mixed_share": 0.625,
+            "selection/num_generated": 32,
             "time/step_s": 3.0,
             "time/generate_s": 2.0,
             "train/loss": None,
