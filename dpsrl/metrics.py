@@ -158,6 +158,7 @@ class Metrics:
         self._sinks = sinks
         self.step = max(0, last_step)  # the last one finished
         self._measured = Measured()
+        self._closed: Record = {}  # the last one written here
 
     def add(self, values: Mapping[str, float]) -> None:
         self._measured.add(values)
@@ -173,9 +174,9 @@ class Metrics:
     def close_step(self, step: int) -> Record:
         """Reduces what came in since the last call, writes it out and returns it."""
         self.step = step
-        record, self._measured = self.so_far(step), Measured()
-        self._write(record)
-        return record
+        self._closed, self._measured = self.so_far(step), Measured()
+        self._write(self._closed)
+        return self._closed
 
     def _write(self, record: Record) -> None:
         record = {name: plain(value) for name, value in record.items()}
@@ -188,8 +189,8 @@ class Metrics:
         self._file.write({"step": self.step, "event": kind, "text": text})
 
     def so_far(self, step: int) -> Record:
-        """The record that `close_step` would write now."""
-        return {"step": step} | self._measured.reduced()
+        """The record that `close_step` would write now; of the step that it closed, what it wrote."""
+        return self._closed if step == self._closed.get("step") else {"step": step} | self._measured.reduced()
 
     def restore(self, record: Record) -> None:
         """Writes a step's record where the run was killed between its checkpoint and its line."""

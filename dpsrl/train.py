@@ -329,6 +329,9 @@ def run(config: Config, keeper: Keeper | None = None) -> None:
         print("\n".join(dry_run(config)))
         return
     checked = preflight(config)
+    if is_finished(config, checked):
+        print(f"{checked.folder.path} has finished, all {config.train.steps} steps: train.steps=N takes it further")
+        return
     with ExitStack() as stack:
         stops = stack.enter_context(StopRequests())
         screen = open_run(config, checked, stack)
@@ -342,6 +345,12 @@ def run(config: Config, keeper: Keeper | None = None) -> None:
             screen.table(summary, checked.folder.path, None)
             raise unwritable(checked.folder.path, error) from error
         screen.table(summary, checked.folder.path, reported(checked.folder.path, screen))
+
+
+def is_finished(config: Config, checked: Checked) -> bool:
+    """Whether nothing is left to do, summary included."""
+    checkpoint = checked.checkpoint
+    return checkpoint is not None and checkpoint.step >= config.train.steps and checked.folder.summary.is_file()
 
 
 def reported(run_dir: Path, screen: Screen) -> Path | None:

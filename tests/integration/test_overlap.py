@@ -2,6 +2,8 @@
 
 import pytest
 
+from tests.integration.test_train import PUBLIC_KEYS
+
 PLAIN = ["train.steps=2", "eval.every=2"]  # as single_run
 
 
@@ -10,7 +12,11 @@ def test_generation_one_step_ahead_learns_from_the_weights_before_the_last(start
     assert run.returncode == 0, run.output
     groups, records = run.lines("groups.jsonl"), run.lines("metrics.jsonl")[1:]
     assert {(g["step"], g["policy_version"]) for g in groups} == {(1, 0), (2, 0), (3, 1), (4, 2)}
-    assert [record["rollout/num_rollouts"] for record in records[:3]] == [256, 384, 512]
+    assert [record["rollout/num_rollouts"] for record in records] == [256, 384, 512, 512]
+    for record in records:  # of the batch that the step trained on, whenever it was generated
+        mixed = [0 < g["num_solved"] < g["num_rollouts"] for g in groups if g["step"] == record["step"]]
+        assert record["selection/mixed_share"] == pytest.approx(sum(mixed) / len(mixed))
+        assert record.keys() >= PUBLIC_KEYS
     assert run.json("summary.json")["num_rollouts"] == records[-1]["rollout/num_trained"] == 512
     assert [record["sync/policy_version"] for record in records] == [1, 2, 3, 4]
     # The first batch is that of a run that waits, and the correction has something to correct from the second on.

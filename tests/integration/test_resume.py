@@ -99,6 +99,11 @@ def test_killed_and_taken_up_again(start, tmp_path, more):
     left = set(os.listdir("/dev/shm")) - memory_files
     assert not [name for name in left if not name.startswith(("sem.", "tmp"))]  # what other tests are at just now
 
+    summary = (run.folder / "summary.json").read_bytes()
+    again = start.train(tmp_path / "run", *PLAIN, *more)
+    assert again.returncode == 0 and "has finished" in again.output, again.output
+    assert (run.folder / "summary.json").read_bytes() == summary
+
     changed = start.train(tmp_path / "run", *PLAIN, *more, "seed=5")
     assert changed.returncode == 2 and "seed=5 (then 0)" in changed.output
 

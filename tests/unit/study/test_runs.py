@@ -36,8 +36,8 @@ write_checkpoint(folder / "checkpoints/step_2", {"controller": lambda to: np.sav
 records = [
     {"step": 0, "eval/countdown/avg@4": 0.2, "eval/countdown/pass@4": 0.9, "time/start_s": 9.0, "time/eval_s": 3.0},
     {"step": 1, "rollout/num_rollouts": 100, "rollout/response_tokens": 10.0, "selection/mixed_share": 0.5,
-     "selection/num_generated": 25, "selection/coverage": 0.1, "selection/uses_max": 1, "time/step_s": 2.0, "time/select_ms": 4.0,
-     "time/train_s": 1.0},
+     "selection/num_generated": 25, "selection/coverage": 0.1, "selection/uses_max": 1, "time/step_s": 2.0,
+     "time/select_ms": 4.0, "time/train_s": 1.0},
     {"step": 2, "eval/countdown/avg@4": 0.4, "rollout/num_rollouts": 400, "rollout/response_tokens": 20.0,
      "selection/num_generated": 75, "selection/mixed_share": 0.25, "selection/coverage": 0.2,
      "selection/uses_max": 2, "time/step_s": 8.0,
