@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
+
 MAX_ANSWER_CHARS = 1000  # of one answer, and of a response without a box and without "answer is"
 MAX_RESPONSE_CHARS = 1 << 20  # what stands further from the end of a response is not read
 MAX_TAIL_CHARS = 4096  # how far back "answer is" is looked for
@@ -94,8 +96,10 @@ def _read_box(text: str, position: int) -> tuple[str, int] | None:
 
 def accepted_answers(answer: Any) -> list[str]:
     r"""The accepted spellings of a reference answer, itself or each item of a list, out of their \boxed{}."""
+    if isinstance(answer, np.ndarray):  # what pandas makes of a list
+        answer = list(answer.flat)
     listed = answer if isinstance(answer, list | tuple) else [answer]
-    texts = [str(item).strip() for item in listed if isinstance(item, str | int | float)]
+    texts = [str(item).strip() for item in listed if isinstance(item, str | int | float | np.integer | np.floating)]
     return [boxed if (boxed := _boxed(text)) is not None else text for text in texts]
 
 

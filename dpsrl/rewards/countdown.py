@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
+
 from dpsrl.types import Score, UserError
 
 MAX_CHARS = 512  # an honest expression over 8 numbers is far shorter
@@ -63,6 +65,8 @@ def read_answer(answer: Mapping[str, Any] | str) -> tuple[list[int], int]:
     if isinstance(record, Mapping):
         numbers: Any = record.get("numbers")
         target: Any = record.get("target")
+        if isinstance(numbers, np.ndarray):  # what pandas makes of a list
+            numbers = numbers.tolist()
         if isinstance(numbers, list | tuple) and numbers and all(_is_count(n) for n in (*numbers, target)):
             return [int(n) for n in numbers], int(target)
     raise UserError(
@@ -88,7 +92,7 @@ def _shown(answer: Any) -> str:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= 0)
 
 
 def extract_expression(response: str) -> str:

@@ -3,6 +3,7 @@
 import json
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -73,6 +74,15 @@ def test_right_responses(response, numbers, target):
 )
 def test_wrong_responses(response):
     assert score(response, ANSWER) == WRONG
+
+
+@pytest.mark.parametrize("numbers", [[np.int64(3), np.int64(5), np.int64(7)], np.array([3, 5, 7], dtype=np.int32)])
+def test_numbers_as_pandas_gives_them(numbers):
+    answer = {"numbers": numbers, "target": np.int64(15)}
+    assert is_answer(answer) and score("3+5+7=15", answer) == RIGHT and score("3+5", answer) == WRONG
+    assert not is_answer({"numbers": np.array([3.0, 5.0]), "target": 8}) and not is_answer(
+        answer | {"numbers": np.array(3)}
+    )
 
 
 @pytest.mark.parametrize("response", ["3/(5-5)", "5/(3*(5-5))", "3/5/0"])

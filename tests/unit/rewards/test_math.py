@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 
 from dpsrl.rewards.answers import accepted_answers, final_answers, is_scorable
@@ -165,6 +166,13 @@ def test_scorable(answer):
 @pytest.mark.parametrize("answer", [None, "", " \n", "$$", "?", [], [""], {"a": 1}, "1" * 2000])
 def test_not_scorable(answer):
     assert not is_scorable(answer)
+
+
+@pytest.mark.parametrize("kind", [int, float, np.int64, np.int32, np.float64, np.float32])
+def test_a_number_as_the_reference(kind):
+    for answer in (kind(5), [kind(7), kind(5)], np.array([7, 5], dtype=kind)):
+        assert is_scorable(answer) and score(r"\boxed{5}", answer).correct and not score(r"\boxed{6}", answer).correct
+    assert accepted_answers(np.float32(0.1)) == ["0.1"]
 
 
 def test_the_text_side_does_not_import_sympy():
