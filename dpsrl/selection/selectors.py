@@ -80,9 +80,10 @@ class Selector:
 
     def select(self, num_picks: int, exclude: Iterable[int] | None = None) -> np.ndarray:
         """int64 (num_picks,), distinct, best first, none of `exclude`. Counts them as selected."""
+        check_count("num_picks", num_picks, 1)
         excluded = np.empty(0, dtype=np.int64) if exclude is None else np.unique(self._rows(list(exclude), "exclude"))
         num_available = self.num_prompts - excluded.size
-        if not 1 <= num_picks <= num_available:
+        if num_picks > num_available:
             raise UserError(
                 f"cannot select {num_picks} prompts: {num_available} of {self.num_prompts} are available; "
                 "ask for fewer, or bring more prompts."

@@ -129,6 +129,13 @@ def test_exclude_is_never_selected(method):
         selector.select(5, exclude=np.array([0, 1, 2, 3, 4, 5, 5]))
 
 
+@pytest.mark.parametrize("num_picks", [2.5, "a", None, True, 0, -1])
+def test_picks_that_are_no_count_are_refused(num_picks):
+    with pytest.raises(UserError, match=f"num_picks is {num_picks!r}; it must be a whole number of at least 1"):
+        build(num_prompts=10).select(num_picks)
+    assert len(build(num_prompts=10).select(np.int64(3))) == 3
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 30), st.data())
 def test_uniform_takes_every_prompt_once_before_any_twice(num_prompts, data):
