@@ -1,4 +1,4 @@
-"""A file that exists is whole: it is written beside its place and renamed."""
+"""A file that exists is whole: it is written beside its place and renamed. And whether it could be written at all."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 
 @contextmanager
@@ -18,3 +19,14 @@ def written_beside(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def try_folder(folder: Path) -> None:
+    """OSError where nothing could be made in the folder, which may not be there yet. Leaves nothing behind.
+
+    It tries: what a folder allows is not all that counts, /proc takes none and a disk may be read-only.
+    """
+    folder = folder.absolute()
+    nearest = next(place for place in (folder, *folder.parents) if place.exists())
+    with TemporaryDirectory(prefix=".dpsrl-", dir=nearest):
+        pass

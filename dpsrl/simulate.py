@@ -10,8 +10,9 @@ import json
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from rich.progress import Progress
 from dpsrl import plots, printed
 from dpsrl.controller import Controller, Outcome
 from dpsrl.exits import code_of
+from dpsrl.files import try_folder
 from dpsrl.machine import num_cores
+from dpsrl.metrics import plain
 from dpsrl.own import is_own, load_own
 from dpsrl.selection import METHODS
 from dpsrl.selection.options import nearest
@@ -43,10 +46,11 @@ USAGE = """usage: python -m dpsrl.simulate [key=value ...]
   METHOD.option=x   an option of a method, as dps.decay=0.5
   seeds=3           runs of each; every method meets the same worlds
   steps=0           0: the world's own number
-  batch=256         prompts per step
+  batch=256         prompts per step, at most those of the smallest world
   rollouts=8        rollouts per prompt
   lag=0             steps that generation runs ahead of training
-  against=uniform   differences are to this method, paired by seed, with a 95% interval
+  against=uniform   differences are to this one of methods, paired by seed, with a 95% interval; without uniform
+                    among them, to the first
   workers=0         processes; 0: one per core
   out=              folder of summary.json, simulate.png and simulate.svg; default runs/simulate-<time>"""
 
@@ -114,7 +118,7 @@ class Clairvoyant:
 def simulate(world_name: str, method: str, seed: int, plan: Plan) -> Result:
     """One method in one world. The same seed gives the same start and the same noise, whatever the method."""
     world, n = find_world(world_name), plan.rollouts
-    steps, batch = plan.steps or world.steps, min(plan.batch, world.num_prompts)
+    steps, batch = plan.steps or world.steps, plan.batch
     start, outcomes, judge = (np.random.default_rng([seed, stream]) for stream in range(3))
     logit_N, learnability_N = world.start(start)
     controller = build_controller(method, world.num_prompts, batch, seed, plan)
@@ -206,7 +210,10 @@ def run_all(plan: Plan, console: Console) -> list[Result]:
 
 
 def summarize(results: list[Result], plan: Plan) -> list[dict[str, Any]]:
-    """One row per world and method: means over seeds, and the paired difference of the mixed share."""
+    """One row per world and method: means over seeds, and the paired difference of the mixed share.
+
+    None for what is no number: a share of the clairvoyant that did not run, an interval of one seed.
+    """
     rows = []
     for world in plan.worlds:
         of = {m: [r for r in results if r.world == world and r.method == m] for m in plan.methods}
@@ -219,13 +226,12 @@ def summarize(results: list[Result], plan: Plan) -> list[dict[str, Any]]:
                 name: float(np.mean([getattr(r, name) for r in runs]))
                 for name in ("coverage", "brier_random", "brier_selected", "num_groups", "ms_per_step")
             }
-            rows.append(
-                {
-                    "world": world, "method": method, "mixed_share": float(shares.mean()),
-                    "of_clairvoyant": float(shares.mean() / ceiling), "difference": difference,
-                    "half_width": half_width, **mean,
-                }
-            )  # fmt: skip
+            row = {
+                "world": world, "method": method, "mixed_share": float(shares.mean()),
+                "of_clairvoyant": shares.mean() / ceiling if ceiling else None, "difference": difference,
+                "half_width": half_width, **mean,
+            }  # fmt: skip
+            rows.append({name: plain(value) for name, value in row.items()})
     return rows
 
 
@@ -240,10 +246,11 @@ def show(rows: list[dict[str, Any]], world: str, plan: Plan, console: Console) -
     ]  # fmt: skip
     lines = [head]
     for row in sorted((r for r in rows if r["world"] == world), key=lambda r: -r["mixed_share"]):
-        own = row["method"] in (plan.against, CLAIRVOYANT)
+        own, ceiling = row["method"] in (plan.against, CLAIRVOYANT), row["of_clairvoyant"]
+        interval = "" if row["half_width"] is None else f" ± {row['half_width']:.3f}"
         lines.append([
-            row["method"], f"{row['mixed_share']:.3f}", f"{row['of_clairvoyant']:.2f}",
-            "" if own else f"{row['difference']:+.3f} ± {row['half_width']:.3f}", f"{row['coverage']:.2f}",
+            row["method"], f"{row['mixed_share']:.3f}", "" if ceiling is None else f"{ceiling:.2f}",
+            "" if own else f"{row['difference']:+.3f}{interval}", f"{row['coverage']:.2f}",
             f"{row['brier_random']:.3f}", f"{row['brier_selected']:.3f}", f"{row['num_groups']:,.0f}",
             f"{row['ms_per_step']:.1f}",
         ])  # fmt: skip
@@ -294,17 +301,22 @@ def parse(arguments: list[str]) -> Plan:
         if dot:
             if method not in METHODS and not is_own(method):
                 raise UserError(f"{argument}: method {method!r} is unknown; {nearest(method, METHODS)}.")
-            plan.options.setdefault(method, {})[option] = yaml.safe_load(value)
+            try:
+                plan.options.setdefault(method, {})[option] = yaml.safe_load(value)
+            except yaml.YAMLError:
+                raise UserError(f"{argument}: {value!r} is no value; give a number, true, false or a word.") from None
         elif name in ("worlds", "methods"):
             setattr(plan, name, list(dict.fromkeys(part.strip() for part in value.split(",") if part.strip())))
         elif name in whole:
-            if not value.isdigit():
+            if not value.isdecimal():
                 raise UserError(f"{argument}: {name} must be a whole number.")
             setattr(plan, name, int(value))
         elif name in ("against", "out"):
             setattr(plan, name, value)
         else:
             raise UserError(f"unknown key {name!r}; {nearest(name, set(vars(plan)) - {'options'})}.")
+    if plan.against not in plan.methods and any(argument.startswith("against=") for argument in arguments):
+        raise UserError(f"against={plan.against} is not among methods; {nearest(plan.against, plan.methods)}.")
     return check(plan)
 
 
@@ -315,16 +327,19 @@ def check(plan: Plan) -> Plan:
             raise UserError(f"{name}={getattr(plan, name)} must be at least {lowest}.")
     if not plan.worlds or not plan.methods:
         raise UserError("worlds and methods must name at least one each.")
-    for world in plan.worlds:
-        find_world(world)
+    num_prompts, smallest = min((find_world(world).num_prompts, world) for world in plan.worlds)
     for method in plan.methods:
         if method not in known and not is_own(method.removesuffix("+mixed")):
             raise UserError(f"method {method!r} is unknown; {nearest(method, known)}.")
         if method != CLAIRVOYANT:
-            build_controller(method, max(plan.batch, 2), 1, 0, plan)  # refuses options before anything runs
+            build_controller(
+                method, max(min(plan.batch, num_prompts), 2), 1, 0, plan
+            )  # refuses options before anything runs
     for method in plan.options:
         if method not in {name.partition("+")[0] for name in plan.methods}:
             raise UserError(f"options of {method} would have no effect, since it is not among methods; leave them out.")
+    if plan.batch > num_prompts:
+        raise UserError(f"batch={plan.batch} is more than the {num_prompts} prompts of world {smallest}; give fewer.")
     if plan.against not in plan.methods:
         plan = replace(plan, against=plan.methods[0])
     return plan
@@ -333,17 +348,28 @@ def check(plan: Plan) -> Plan:
 def run(plan: Plan, console: Console) -> Path:
     """Simulates, prints the tables, and writes the folder, which it returns."""
     started = time.monotonic()
+    folder = Path(plan.out or f"runs/simulate-{time.strftime('%Y%m%d-%H%M%S')}")
+    with writable(folder):
+        try_folder(folder)
     results = run_all(plan, console)
     rows = summarize(results, plan)
     for world in plan.worlds:
         show(rows, world, plan, console)
-    folder = Path(plan.out or f"runs/simulate-{time.strftime('%Y%m%d-%H%M%S')}")
-    folder.mkdir(parents=True, exist_ok=True)
     content = {"plan": asdict(plan), "rows": rows, "runs": [asdict(result) for result in results]}
-    (folder / "summary.json").write_text(json.dumps(content, indent=1))
-    draw(results, plan, folder)
+    with writable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "summary.json").write_text(json.dumps(content, indent=1, allow_nan=False))
+        draw(results, plan, folder)
     console.print(f"{len(results)} runs in {time.monotonic() - started:.0f} s; {folder}/simulate.png, summary.json")
     return folder
+
+
+@contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"out={folder} cannot be written to ({error.strerror}); give another folder.") from error
 
 
 def main(arguments: list[str]) -> int:

@@ -117,6 +117,10 @@ def test_a_users_world_by_its_path(tmp_path, monkeypatch):
         ("dps.dekay=0.5", "did you mean 'decay'"),
         ("dsp.decay=0.5", "did you mean 'dps'"),
         ("worlds=,", "must name at least one"),
+        ("seeds=\u00b2", "seeds must be a whole number"),
+        ("dps.decay=[", "'[' is no value"),
+        ("against=foo", "against=foo is not among methods"),
+        ("batch=100000000000", "batch=100000000000 is more than the 200 prompts of world tiny"),
     ],
 )
 def test_refused_arguments(argument, sentence, capsys):
@@ -127,6 +131,36 @@ def test_refused_arguments(argument, sentence, capsys):
 def test_options_of_a_method_left_out_are_refused():
     with pytest.raises(UserError, match="options of dps would have no effect"):
         parse(["methods=uniform", "dps.decay=0.5"])
+
+
+def test_what_is_compared_with_must_run():
+    for methods, against in (("dps,beta", "dps"), ("dps,uniform", "uniform")):
+        assert parse([f"methods={methods}", "batch=16"]).against == against
+    with pytest.raises(UserError, match="against=uniform is not among methods; use one of: beta, dps"):
+        parse(["methods=dps,beta", "against=uniform"])
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(module, "run_all", lambda *_: pytest.fail("it has begun"))
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file/below", "/proc/x"):
+        assert main(["worlds=tiny", "batch=16", f"out={out}"]) == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith(f"dpsrl.simulate: out={out} cannot be written to (") and not captured.out
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_is_no_number_is_null_and_not_shown(tmp_path, capsys):
+    """One seed has no interval; without the clairvoyant there is no share of it."""
+    arguments = ["worlds=tiny", "methods=uniform,dps", "seeds=1", "batch=16", "steps=3", "workers=1"]
+    assert main([*arguments, f"out={tmp_path}"]) == 0
+    printed = capsys.readouterr().out
+    assert "nan" not in printed and "\u00b1" not in printed
+    text = (tmp_path / "summary.json").read_text()
+    content = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert (
+        [row["half_width"] for row in content["rows"]] == [None, None] == [r["of_clairvoyant"] for r in content["rows"]]
+    )
 
 
 def test_help_names_every_method(capsys):
