@@ -10,8 +10,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -22,7 +24,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -390,14 +392,17 @@ def _inherit_run_config(raw: Any, set_keys: set[str]) -> None:
     """Gives a checkpoint inside a run folder that run's data, model, reward and evaluation keys, where none was set."""
     if OmegaConf.is_missing(raw.model, "path"):
         return
-    path = next((parent / "config.yaml" for parent in Path(raw.model.path).absolute().parents
-                 if (parent / "config.yaml").is_file() and (parent / "checkpoints").is_dir()), None)  # fmt: skip
+    parents = Path(raw.model.path).absolute().parents
+    path = next((parent / "config.yaml" for parent in parents if os.path.isfile(parent / "config.yaml")
+                 and os.path.isdir(parent / "checkpoints")), None)  # fmt: skip
     if path is None:
         return
-    run = OmegaConf.to_container(OmegaConf.load(path))
-    for name, _ in schema_keys():
-        if name.startswith(INHERITED) and name not in set_keys | {"model.path"}:
-            OmegaConf.update(raw, name, value_of(run, name))
+    with _read_as_run_config(path):
+        run = OmegaConf.to_container(_load_run_config(path))
+        for name, _ in schema_keys():
+            if name.startswith(INHERITED) and name not in set_keys | {"model.path"}:
+                with suppress(KeyError):  # an older run has not all of them
+                    OmegaConf.update(raw, name, value_of(run, name))
 
 
 def group_names() -> list[str]:
@@ -515,12 +520,33 @@ def selector_config(config: Config) -> dict[str, Any]:
 
 def read_run_config(path: Path) -> Config:
     """What a run wrote into its folder."""
+    with _read_as_run_config(path):
+        config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), _load_run_config(path)))
+    return config
+
+
+def _load_run_config(path: Path) -> DictConfig:
+    config = OmegaConf.load(path)
+    if not isinstance(config, DictConfig) or OmegaConf.select(config, "model.path") is None:
+        raise ValueError("it has no model.path")
+    return config
+
+
+@contextmanager
+def _read_as_run_config(path: Path) -> Iterator[None]:
+    """UserError that names the file, where it is not what a run wrote."""
     try:
-        config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
-        return config
-    except (OSError, YAMLError, OmegaConfBaseException) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path} cannot be read ({reason}): give a run folder of this version of dpsrl") from error
+        yield
+    except OmegaConfBaseException as error:
+        raise _unreadable(path, _composition_sentence(error, [])) from error
+    except TypeError as error:
+        raise _unreadable(path, "a value stands where keys are due") from error
+    except (OSError, YAMLError, ValueError, RecursionError) as error:  # no YAML, no text, or nested without end
+        raise _unreadable(path, " ".join(str(error).split())) from error
+
+
+def _unreadable(path: Path, reason: str) -> UserError:
+    return UserError(f"{path} cannot be read ({reason}): give a run folder of this version of dpsrl")
 
 
 # --- checks -----------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from dpsrl.config import (
     group_choices,
     help_text,
     load_config,
+    read_run_config,
     schema_keys,
     value_of,
 )
@@ -181,6 +182,40 @@ def test_a_checkpoint_is_evaluated_with_its_own_runs_keys(tmp_path):
     assert config.data.countdown.format == "short" and config.model.dtype == "float32"
     assert config.eval.num_rollouts == 4 and config.eval.benchmarks == ["countdown"]
     assert config.eval.temperature == 0.3 and config.model.path.startswith(str(tmp_path))
+
+
+RUN = "model: {path: here}\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "it has no model.path"),
+        (b"hello", "it has no model.path"),
+        (b"[1,2]", "it has no model.path"),
+        (b"a: [", "while parsing a flow node"),
+        (b"[" * 5000, "recursion"),
+        (b"\x89PNG\r\n", "can't decode byte 0x89"),
+        (f"{RUN}data: 3".encode(), "a value stands where keys are due"),
+        (f"{RUN}eval: {{num_rollouts: many}}".encode(), "eval.num_rollouts: Value 'many'"),
+    ],
+)
+def test_what_is_no_runs_config_is_named(tmp_path, content, reason):
+    (tmp_path / "checkpoints/step_1/model").mkdir(parents=True)
+    (tmp_path / "config.yaml").write_bytes(content)
+    message = refusal(
+        f"model.path={tmp_path}/checkpoints/step_1/model", "eval.benchmarks=[countdown]", entry="evaluate"
+    )
+    assert message.startswith(f"{tmp_path}/config.yaml cannot be read (") and reason in message
+    with pytest.raises(UserError, match=f"^{tmp_path}/config.yaml cannot be read"):
+        read_run_config(tmp_path / "config.yaml")
+
+
+def test_keys_that_an_older_run_lacks_keep_their_defaults(tmp_path):
+    (tmp_path / "checkpoints/step_1/model").mkdir(parents=True)
+    (tmp_path / "config.yaml").write_text(f"{RUN}eval: {{benchmarks: [countdown], gone: 3}}\nlog: {{wandb: true}}")
+    config = load_config([f"model.path={tmp_path}/checkpoints/step_1/model"], "evaluate")
+    assert config.eval.benchmarks == ["countdown"] and config.eval.num_rollouts == Config().eval.num_rollouts
 
 
 def test_the_configs_lie_where_they_are_looked_for():

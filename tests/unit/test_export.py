@@ -133,9 +133,9 @@ def test_refusals(run, tmp_path, capsys):
     ):
         assert main(arguments) == 2
         assert words in capsys.readouterr().err
-    (folder / "config.yaml").write_text("nonsense: 3")
+    (folder / "config.yaml").write_text("model: {path: here}\nnonsense: 3")
     assert main([str(folder), "--posterior"]) == 2
-    assert "config.yaml cannot be read (Key 'nonsense' not in" in capsys.readouterr().err
+    assert "config.yaml cannot be read (unknown key 'nonsense'" in capsys.readouterr().err
     (tmp_path / "groups.jsonl").touch()
     assert main([str(tmp_path), "--posterior"]) == 2
     assert "has no checkpoint, which --posterior reads" in capsys.readouterr().err
