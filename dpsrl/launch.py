@@ -127,6 +127,7 @@ def _checked(config: Config, started: float) -> Checked:
         check_here(resource_plan(config))
     folder = RunFolder(run_path(config))
     folder.check_free(resume=config.resume != "no")
+    folder.check_writable()
     check_model_folder(config.model.path)
     own_method = is_own(config.selection.method)
     if not own_method:

@@ -126,6 +126,10 @@ def test_run_folder(refuse, tmp_path):
     (tmp_path / "old").mkdir()
     (tmp_path / "old/metrics.jsonl").touch()
     assert "run.dir=old is occupied" in refuse("+recipe=quickstart", "run.dir=old")
+    for folder in ("/proc/run", f"{tmp_path}/old/metrics.jsonl/run"):
+        for dry_run in ("true", "false"):
+            message = refuse("+recipe=quickstart", f"run.dir={folder}", f"dry_run={dry_run}")
+            assert f"run.dir={folder} cannot be written to" in message
 
 
 def test_resources(refuse):
