@@ -49,7 +49,7 @@ def key(default: Any, text: str, *, ge=None, gt=None, le=None, lt=None, choices:
 @dataclass
 class RunConfig:
     name: str = key("run", "first part of the default run folder's name")
-    dir: str = key("", "run folder; empty: runs/<run.name>-<time>")
+    dir: str = key("", "run folder; empty: runs/<run.name>-<time>, of an evaluation runs/evaluate-<time>")
     stall_s: float = key(
         1800.0, "seconds that another process may keep silent before it is taken for lost; more than a step takes", gt=0
     )
@@ -317,6 +317,15 @@ INHERITED = (
     "data.", "model.", "reward.", "eval.", "selection.unsolved_at", "selection.solved_at", "selection.min_spread",
 )  # fmt: skip
 
+# What an evaluation reads: other keys and groups are training's, and would have no effect there.
+EVALUATED = (
+    "seed", "dry_run", "run.dir", "run.stall_s", "run.start_s", "model.", "data.", "reward.fn", "reward.num_workers",
+    "reward.deadline_s", "selection.unsolved_at", "selection.solved_at", "selection.min_spread", "rollout.num_workers",
+    "rollout.max_num_seqs", "rollout.tensor_parallel", "rollout.gpu_memory_share", "rollout.kv_cache_gib",
+    "rollout.enforce_eager", "eval.benchmarks", "eval.num_rollouts", "eval.temperature", "cluster.",
+)  # fmt: skip
+EVALUATED_GROUPS = ("cluster", "model", "recipe")
+
 # --- composition ------------------------------------------------------------------------------------
 
 
@@ -334,7 +343,7 @@ def load_config(arguments: list[str], entry: str = "train") -> Config:
     """
     _register()
     arguments = [as_read(argument) for argument in arguments]
-    set_keys = _check_overrides(arguments)
+    set_keys = _check_overrides(arguments, entry)
     overrides = [f"++{text}" if text.startswith(OWN_OPTIONS) else text for text in arguments]  # its names are free
     GlobalHydra.instance().clear()
     try:
@@ -355,7 +364,7 @@ def load_config(arguments: list[str], entry: str = "train") -> Config:
         raise UserError(f"a file in {config_dir()} cannot be read: {' '.join(str(error).split())}") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_composition_sentence(error, arguments)) from error
-    check(config, set_keys)
+    check(config, set_keys, entry)
     return config
 
 
@@ -455,8 +464,8 @@ def quoted(value: str) -> str:
     return f"'{text}'"
 
 
-def _check_overrides(arguments: list[str]) -> set[str]:
-    """The keys set on the command line; refuses unknown ones and names the nearest known."""
+def _check_overrides(arguments: list[str], entry: str) -> set[str]:
+    """The keys set on the command line; refuses those that the entry does not read, and names the nearest known."""
     groups = set(group_names())
     known = [name for name, _ in schema_keys()]
     set_keys = set()
@@ -474,7 +483,16 @@ def _check_overrides(arguments: list[str]) -> set[str]:
             set_keys.add(name)
         else:
             raise UserError(_unknown_key(name, known + sorted(groups)))
+        if not _is_read(name, entry):
+            twin = name.replace("rollout.", "eval.")
+            remedy = f"set {twin}" if twin in EVALUATED else "leave it out"
+            raise UserError(f"{argument} would have no effect: dpsrl.{entry} does not read it; {remedy}")
     return set_keys
+
+
+def _is_read(name: str, entry: str) -> bool:
+    """Whether the entry reads a key or group at all."""
+    return entry == "train" or name in EVALUATED_GROUPS or name.startswith(EVALUATED)
 
 
 def _check_choice(group: str, value: Any, argument: str) -> None:
@@ -558,12 +576,14 @@ def value_of(config: Any, dotted: str) -> Any:
     return config
 
 
-def check(config: Config, set_keys: Set[str] = frozenset()) -> None:
+def check(config: Config, set_keys: Set[str] = frozenset(), entry: str = "train") -> None:
     """Raises UserError on a value out of range, keys that contradict each other, or a set key without effect."""
     for name, item in schema_keys():
         _check_range(name, value_of(config, name), item.metadata)
     _check_together(config)
-    for prefix, has_effect, reason in _EFFECTS:
+    if entry == "evaluate" and not config.eval.benchmarks:
+        raise UserError("eval.benchmarks=[] names nothing to evaluate on: give eval.benchmarks=[math500] or the like")
+    for prefix, has_effect, reason in _EFFECTS + _EFFECTS_IN_EVALUATION * (entry == "evaluate"):
         for name in sorted(set_keys):
             if name.startswith(prefix) and not has_effect(config):
                 raise UserError(f"{name} would have no effect: {reason}; leave it out")
@@ -694,6 +714,21 @@ _EFFECTS: list[tuple[str, Callable[[Config], bool], str]] = [
     ("log.wandb_project", lambda c: "wandb" in c.log.to, "log.to does not name wandb"),
 ]  # fmt: skip
 
+_EFFECTS_IN_EVALUATION: list[tuple[str, Callable[[Config], bool], str]] = [
+    *((name, lambda c: "train" in c.eval.benchmarks, "eval.benchmarks does not name train")
+      for name in ("data.train", "data.split", "data.countdown.num_train")),
+    ("data.countdown.num_test", lambda c: any(map(is_countdown, c.eval.benchmarks)), "no benchmark is countdown"),
+    ("data.countdown.", lambda c: any(_is_made(b, c) for b in c.eval.benchmarks), "nothing evaluated is countdown"),
+    *((name, lambda c: not all(_is_made(b, c) for b in c.eval.benchmarks), "all that is evaluated is Countdown's own")
+      for name in ("data.prompt_key", "data.answer_key", "data.instruction", "data.max_bad_share")),
+    ("reward.fn", lambda c: not all(map(is_countdown, c.eval.benchmarks)), "Countdown checks itself"),
+]  # fmt: skip
+
+
+def _is_made(benchmark: str, config: Config) -> bool:
+    """Whether its prompts are Countdown's own, which no file has."""
+    return is_countdown(benchmark) or (benchmark == "train" and config.data.train == "countdown")
+
 
 def help_text(entry: str) -> str:
     """The usage line and every key with its default and meaning."""
@@ -701,10 +736,12 @@ def help_text(entry: str) -> str:
     lines = [f"usage: python -m dpsrl.{entry} {first} [group=choice ...] [key=value ...]", ""]
     if entry == "train":
         lines += ["  -m goes through values that are separated by commas, a run for each: -m seed=0,1,2", ""]
-    for name in group_names():
+    for name in filter(lambda name: _is_read(name, entry), group_names()):
         lines.append(f"  {'+' if name == 'recipe' else ''}{name}={'|'.join(group_choices(name))}")
     lines.append("")
     for name, item in schema_keys():
+        if not _is_read(name, entry):
+            continue
         made: Any = item.default_factory
         default = item.default if item.default is not dataclasses.MISSING else made()
         shown = "" if default == MISSING else f" [{default}]"

@@ -26,7 +26,7 @@ from dpsrl.exits import code_of
 from dpsrl.files import written_beside
 from dpsrl.groups import EVALUATION, GroupStream
 from dpsrl.installed import check_installed
-from dpsrl.metrics import Lines
+from dpsrl.metrics import Lines, plain
 from dpsrl.pools import RolloutPool, transfer_backend
 from dpsrl.resources import check_here, num_local_gpus, resource_plan
 from dpsrl.rewards import Scorer, try_function
@@ -203,23 +203,12 @@ def main(arguments: list[str]) -> int:
 
 def run(config: Config) -> None:
     """Evaluates one model and writes responses, pass rates and summary.json into a folder of its own."""
-    if not config.eval.benchmarks:
-        raise UserError("eval.benchmarks=[] names nothing to evaluate on: give eval.benchmarks=[math500] or the like")
-    check_installed()
-    check_here(resource_plan(config, with_trainer=False))
-    folder = RunFolder(Path(config.run.dir or f"runs/evaluate-{time.strftime('%Y%m%d-%H%M%S')}"))
-    with readable():
-        check_model_folder(config.model.path)
-        folder.check_free()
-        tokenizer = load_tokenizer(config.model.path)
-        opened = Benchmarks(config, tokenizer)
+    folder, benchmarks, lines = preflight(config)
+    if config.dry_run:
+        print("\n".join(lines))
+        return
     with ExitStack() as stack:
-        benchmarks = stack.enter_context(opened)
-        remarks = [
-            remark
-            for name, prompts in benchmarks.prompts.items()
-            for remark in try_function(reward_of(name, config), prompts[0].answer, config.reward.deadline_s)
-        ]
+        stack.enter_context(benchmarks)
         stack.enter_context(folder.lock())
         try:
             folder.create()
@@ -227,11 +216,8 @@ def run(config: Config) -> None:
             log = stack.enter_context(closing(AnswerLog(folder.path, outcome_rule(config), screen.line)))
         except OSError as error:
             raise unwritable(folder.path, error) from error
-        for prompts in benchmarks.prompts.values():
-            for sentence in prompts.report.sentences():
-                screen.line(sentence)
-        for remark in remarks:
-            screen.line(remark)
+        for line in lines:
+            screen.line(line)
         screen.stage("starting the engines")
         cluster = stack.enter_context(Cluster(config, folder.logs, with_trainer=False))
         rollouts = RolloutPool(cluster, config, transfer_backend(config))
@@ -239,12 +225,38 @@ def run(config: Config) -> None:
         results = benchmarks.evaluate(rollouts, 0, log, watch=screen.stage)
         screen.console.print(results_table(results))
         try:
-            with written_beside(folder.summary) as partial:
-                partial.write_text(json.dumps([vars(result) for result in results], indent=1))
+            write_results(folder.summary, results)
         except OSError as error:
             raise unwritable(folder.path, error) from error
         screen.line(f"responses: {log.responses}")
         screen.line(f"pass rates, for selection.prior_rates: {log.pass_rates}")
+
+
+def preflight(config: Config) -> tuple[RunFolder, Benchmarks, list[str]]:
+    """The folder, the prompts, and what is to be said at the start; UserError on the first fault, nothing started."""
+    check_installed()
+    plan = resource_plan(config, with_trainer=False)
+    if not config.cluster.address:
+        check_here(plan)
+    folder = RunFolder(Path(config.run.dir or f"runs/evaluate-{time.strftime('%Y%m%d-%H%M%S')}"))
+    with readable():
+        check_model_folder(config.model.path)
+        folder.check_free()
+        folder.check_writable()
+        benchmarks = Benchmarks(config, load_tokenizer(config.model.path))
+    samples, read, planned, remarks = config.eval.num_rollouts, [], [], []
+    for name, prompts in benchmarks.prompts.items():
+        read += prompts.report.sentences()
+        planned.append(f"{name}: {len(prompts):,} prompts x {samples} samples = {len(prompts) * samples:,} responses")
+        remarks += try_function(reward_of(name, config), prompts[0].answer, config.reward.deadline_s)
+    return folder, benchmarks, [*read, *planned, f"resources: {plan.words}", *remarks]
+
+
+def write_results(path: Path, results: list[EvalResult]) -> None:
+    """What is no number, where not one reward was to be had, is null."""
+    rows = [{name: plain(value) for name, value in vars(result).items()} for result in results]
+    with written_beside(path) as partial:
+        partial.write_text(json.dumps(rows, indent=1, allow_nan=False))
 
 
 def results_table(results: list[EvalResult]):

@@ -45,7 +45,7 @@ def resource_plan(config: Config, with_trainer: bool = True) -> Plan:
     engines, width = config.rollout.num_workers, config.rollout.tensor_parallel
     ranks = config.trainer.num_workers if with_trainer else 0
     cpus = config.cluster.cpus_per_worker
-    parts = f"{engines} engine{'s' * (engines > 1)} and {ranks} trainer rank{'s' * (ranks != 1)}"
+    parts = f"{engines} engine{'s' * (engines > 1)}" + f" and {ranks} trainer rank{'s' * (ranks > 1)}" * (ranks > 0)
     if (
         config.cluster.device == "cpu"
     ):  # threads are shared out among the processes of a machine, so that one core will do

@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from dpsrl.config import (
+    EVALUATED,
     Config,
     check,
     config_dir,
@@ -216,6 +217,47 @@ def test_keys_that_an_older_run_lacks_keep_their_defaults(tmp_path):
     (tmp_path / "config.yaml").write_text(f"{RUN}eval: {{benchmarks: [countdown], gone: 3}}\nlog: {{wandb: true}}")
     config = load_config([f"model.path={tmp_path}/checkpoints/step_1/model"], "evaluate")
     assert config.eval.benchmarks == ["countdown"] and config.eval.num_rollouts == Config().eval.num_rollouts
+
+
+def test_an_evaluation_refuses_keys_that_only_training_reads():
+    evaluated = ["model=tiny", "eval.benchmarks=[countdown]"]
+    for argument in ("resume=auto", "train.steps=3", "trainer.lr=1e-5", "algo=grpo", "algo.loss=ppo", "selection=dps",
+                     "selection.decay=0.5", "selection.options.mine=1", "log.to=[wandb]", "weight_sync.checksum=true",
+                     "checkpoint.every=1", "eval.every=3", "run.name=mine", "rollout.spare_share=0.1"):  # fmt: skip
+        assert f"{argument} would have no effect" in refusal(*evaluated, argument, entry="evaluate")
+    assert "set eval.num_rollouts" in refusal(*evaluated, "rollout.num_rollouts=4", entry="evaluate")
+    for argument, word in (("data.train=countdown", "train"), ("data.prompt_key=question", "Countdown's own"),
+                           ("reward.fn=math", "Countdown"), ("data.countdown.num_train=9", "train")):  # fmt: skip
+        assert f"{argument.split('=')[0]} would have no effect" in (
+            message := refusal(*evaluated, argument, entry="evaluate")
+        )
+        assert word in message
+    of_rows = ["model=tiny", "eval.benchmarks=[math500]"]
+    of_another = ["+recipe=quickstart", *of_rows, "data.countdown.numbers=[3]"]
+    assert "nothing evaluated is countdown" in refusal(*of_another, entry="evaluate")
+    for arguments in (
+        [
+            *evaluated,
+            "+recipe=quickstart",
+            "data.countdown.num_test=9",
+            "rollout.num_workers=2",
+            "dry_run=true",
+            "seed=1",
+        ],
+        [*of_rows, "data.prompt_key=question", "reward.fn=math", "data.eval_dir=here", "cluster.placement=split"],
+        ["model=tiny", "eval.benchmarks=[train]", "data.train=countdown", "reward.fn=countdown"],
+    ):
+        load_config(arguments, "evaluate")
+
+
+def test_help_lists_the_keys_that_an_entry_reads():
+    evaluated, keys = help_text("evaluate"), [name for name, _ in schema_keys()]
+    listed = [name for name in keys if f"  {name}" in evaluated]
+    assert {"seed", "dry_run", "run.dir", "eval.temperature", "rollout.num_workers", "cluster.address"} <= set(listed)
+    assert not [name for name in listed if name.startswith(("train.", "trainer.", "algo.", "resume", "checkpoint."))]
+    assert "selection=" not in evaluated and "algo=" not in evaluated and "  cluster=" in evaluated
+    for name in EVALUATED:  # a key that was renamed would no longer be read
+        assert any(known.startswith(name) for known in keys), name
 
 
 def test_the_configs_lie_where_they_are_looked_for():

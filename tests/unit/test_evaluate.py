@@ -1,11 +1,12 @@
 """avg@K's interval and pass@k against enumeration and simulation."""
 
+import json
 from itertools import combinations
 
 import numpy as np
 import pytest
 
-from dpsrl.evaluate import mean_with_interval, pass_at
+from dpsrl.evaluate import EvalResult, mean_with_interval, pass_at, write_results
 
 pytestmark = pytest.mark.process  # imports the stack
 
@@ -49,3 +50,13 @@ def test_prompts_that_agree_leave_doubt_by_their_number():
 
 def test_no_values_give_no_number():
     assert np.isnan(mean_with_interval(np.array([]))).all()
+
+
+def test_results_without_a_reward_are_null_in_the_summary(tmp_path):
+    none = mean_with_interval(np.array([]))
+    write_results(
+        tmp_path / "summary.json", [EvalResult("mine", 3, 2, *none, pass_at={}, truncated_share=0.0, num_missing=6)]
+    )
+    text = (tmp_path / "summary.json").read_text()
+    (result,) = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert result["avg"] is None and result["num_missing"] == 6

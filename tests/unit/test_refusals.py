@@ -128,8 +128,10 @@ def test_run_folder(refuse, tmp_path):
     assert "run.dir=old is occupied" in refuse("+recipe=quickstart", "run.dir=old")
     for folder in ("/proc/run", f"{tmp_path}/old/metrics.jsonl/run"):
         for dry_run in ("true", "false"):
-            message = refuse("+recipe=quickstart", f"run.dir={folder}", f"dry_run={dry_run}")
-            assert f"run.dir={folder} cannot be written to" in message
+            words = f"run.dir={folder} cannot be written to"
+            assert words in refuse("+recipe=quickstart", f"run.dir={folder}", f"dry_run={dry_run}")
+            evaluated = [f"model.path={TINY}", "eval.benchmarks=[countdown]", f"dry_run={dry_run}"]
+            assert words in refuse(*evaluated, f"run.dir={folder}", entry=evaluate)
 
 
 def test_resources(refuse):
@@ -142,6 +144,28 @@ def test_evaluation(refuse):
     assert "eval.benchmarks" in refuse(f"model.path={TINY}", entry=evaluate)
     assert "model.path" in refuse("eval.benchmarks=[countdown]", entry=evaluate)
     assert "no_such" in refuse(f"model.path={TINY}", "eval.benchmarks=[no_such]", entry=evaluate)
+
+
+def test_dry_run_of_an_evaluation_starts_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    evaluated = [f"model.path={TINY}", "eval.benchmarks=[countdown,countdown3]", "data.countdown.num_test=24"]
+    assert evaluate.main([*evaluated, "dry_run=true"]) == 0
+    printed = capsys.readouterr().out
+    for words in (
+        "countdown: 24 prompts x 16 samples = 384 responses",
+        "countdown3: 24 prompts",
+        "1 engine on CPU cores",
+    ):
+        assert words in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_evaluation_on_a_cluster_elsewhere_needs_no_gpu_here(capsys, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    elsewhere = ["cluster=gpu1", "cluster.address=there:6379", "dry_run=true"]
+    assert evaluate.main([f"model.path={TINY}", "eval.benchmarks=[countdown]", *elsewhere]) == 0
+    assert "1 engine on shared GPUs" in capsys.readouterr().out
 
 
 def test_dry_run_prints_the_plan_and_starts_nothing(tmp_path, capsys, monkeypatch):
