@@ -33,6 +33,7 @@ from dpsrl.config import Config, as_read, load_config, parse_override, quoted
 from dpsrl.data.files import first_line
 from dpsrl.exits import code_of
 from dpsrl.files import written_beside
+from dpsrl.guard import Guard
 from dpsrl.lane import Lane
 from dpsrl.own import has_own, is_own
 from dpsrl.report import Run, load_run, write_page
@@ -181,7 +182,8 @@ class Runs:
             self._lanes.pop(thread).close()  # what it keeps would take memory and time from this run
         with log.open("ab") as file:
             process = subprocess.Popen([*entry, *whole], stdout=file, stderr=subprocess.STDOUT, process_group=0)
-        with self._under_way(process):
+        with self._under_way(process), Guard() as guard:
+            guard.follow([process.pid])  # it may have no guard of its own, and is to end with this process
             return process.wait()
 
     def _has_own(self, arguments: Sequence[str]) -> bool:

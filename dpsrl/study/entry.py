@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from dpsrl import printed
+from dpsrl.checkpoint import reason
 from dpsrl.exits import code_of
 from dpsrl.metrics import Record, write_summary
 from dpsrl.run_folder import RunFolder
@@ -20,7 +21,9 @@ from dpsrl.selection.options import nearest
 from dpsrl.study.figures import draw
 from dpsrl.study.origin import check_origin
 from dpsrl.study.plan import Plan, read_plan
-from dpsrl.study.runs import make_runs, read_record
+from dpsrl.study.record import is_whole
+from dpsrl.study.runs import make_runs, read_record, record_file
+from dpsrl.study.stored import Damaged, of_git, read_object, write_text
 from dpsrl.study.tables import Table, fill, kind_of, lines_of, markdown, tables_of
 from dpsrl.sweep import PLAIN, log_of
 from dpsrl.types import UserError
@@ -76,7 +79,7 @@ def parse(arguments: list[str]) -> Asked:
         elif name in ("settings", "methods"):
             asked.only[name] = value.split(",")
         elif name in ("seeds", "lanes"):
-            if not value.isdigit() or int(value) < 1:
+            if not value.isdecimal() or int(value) < 1:
                 raise UserError(f"{argument}: {name} must be a whole number from 1 on")
             setattr(asked, name, int(value))
         elif name in ("runs", "published"):
@@ -105,16 +108,26 @@ def study(asked: Asked, console: Console) -> int:
     records = [both[job.name] for job in whole.jobs if job.name in both]
     if not (records or asked.makes_runs):
         raise UserError(f"{asked.folder} has no finished run, and docs/study/{plan.name}.json is not there: make some")
+    for path in (record_file(asked.folder, job) for job in whole.jobs if job.name not in own):
+        if path.exists():
+            console.print(f"{path} is cut short or broken: left out until the run is made again", **PLAIN)
     if records:
         tables = tables_of(whole, records)
-        publish(whole, asked.folder, records, tables, unfinished)
+        try:
+            publish(whole, asked.folder, records, tables, unfinished)
+        except OSError as error:
+            raise UserError(
+                f"tables and figures of out={asked.folder} cannot be written ({reason(error)}): make it writable, or "
+                "give another folder"
+            ) from error
         show(tables, console)
         console.print(f"\nall columns are in {asked.folder}/tables.md, the figures beside it", **PLAIN)
     for name, why in unfinished.items():
         if why.startswith("failed"):
             console.print(f"{name}: {why}; its output is {log_of(asked.folder / name)}", **PLAIN)
     source = f", {len(records) - len(own)} of them as published" if len(records) > len(own) else ""
-    console.print(f"{len(records)} of {len(whole.jobs)} runs in {asked.folder}/summary.json{source}", **PLAIN)
+    where = f"{asked.folder}/summary.json{source}" if records else f"{asked.folder}; the same command goes on"
+    console.print(f"{len(records)} of {len(whole.jobs)} runs in {where}", **PLAIN)
     return 1 if unfinished else 0
 
 
@@ -123,7 +136,10 @@ def published_records(plan: Plan) -> dict[str, Record]:
     path = DOCS / f"study/{plan.name}.json"
     if not path.is_file():
         return {}
-    found = {f"{r['setting']}/{r['method']}/seed_{r['seed']}": r for r in json.loads(path.read_text())["records"]}
+    records = read_object(path, of_git(path)).get("records")
+    if not isinstance(records, list) or not all(map(is_whole, records)):
+        raise Damaged(f"{path} lacks records or parts of them: {of_git(path)}")
+    found = {f"{r['setting']}/{r['method']}/seed_{r['seed']}": r for r in records}
     return {job.name: found[job.name] for job in plan.jobs if found.get(job.name, {}).get("arguments") == job.arguments}
 
 
@@ -137,16 +153,16 @@ def publish(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_summary(path, content)
     text = "\n\n".join(f"## {name}\n\n{markdown(name, table)}" for name, table in tables.items() if table)
-    (folder / "tables.md").write_text(text + "\n")
+    write_text(folder / "tables.md", text + "\n")
     draw(plan, records, tables, folder)
     if plan.publish:
         data = DOCS / f"study/{plan.name}.json"
         data.parent.mkdir(parents=True, exist_ok=True)
-        data.write_text(compact(plan, records))
+        write_text(data, compact(plan, records))
         draw(plan, records, tables, data.parent)
         for page in PAGES:
             if page.is_file():
-                page.write_text(fill(page.read_text(), tables))
+                write_text(page, fill(page.read_text(), tables))
 
 
 def compact(plan: Plan, records: list[Record]) -> str:

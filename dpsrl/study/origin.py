@@ -10,6 +10,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from typing import Any
 from dpsrl.config import PACKAGE_DIR, load_config
 from dpsrl.metrics import write_summary
 from dpsrl.study.plan import Job
+from dpsrl.study.stored import Damaged, read_object
 from dpsrl.types import UserError
 
 CODE = ("dpsrl", "configs")
+ORIGIN = {"arguments", "commits", "configuration"}
 REMEDY = "remove it to have it made again, or name another folder by out="
 
 
@@ -30,6 +33,7 @@ class Setup:
     configuration: str
     batch: int
     group_size: int
+    steps: int
 
 
 def setups_of(jobs: Sequence[Job]) -> dict[tuple[str, str], Setup]:
@@ -41,7 +45,7 @@ def setup_of(job: Job) -> Setup:
     config = load_config(job.arguments)
     text = json.dumps(given(asdict(config) | {"seed": None}), sort_keys=True).replace(str(PACKAGE_DIR), "")
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return Setup(digest, config.train.batch, config.rollout.num_rollouts)
+    return Setup(digest, config.train.batch, config.rollout.num_rollouts, config.train.steps)
 
 
 def given(values: dict[str, Any]) -> dict[str, Any]:
@@ -69,8 +73,9 @@ def read_origin(run_dir: Path) -> dict[str, Any] | None:
     if not run_dir.is_dir() or not any(run_dir.iterdir()):
         return None
     for path in (run_dir / "record.json", job_file(run_dir)):
-        if path.is_file():
-            return json.loads(path.read_text())
+        with suppress(Damaged):
+            if path.is_file() and (origin := read_object(path, REMEDY)).keys() >= ORIGIN:
+                return origin
     raise UserError(f"{run_dir} holds a run, but {job_file(run_dir)} does not say of what: {REMEDY}")
 
 

@@ -2,7 +2,8 @@
 
 The model, prompts, reward, batch, learning rate, steps and held-out prompts are those of the same configuration, and
 what is left in the run folder is read like a run of `dpsrl.train`. Sampling and training are TRL's own, on all cores,
-with its loss at the same clipping. A run that was stopped begins anew.
+with its loss at the same clipping. A run that was stopped begins anew. It ends with the study that started it, whose
+guard sees to that.
 """
 
 from __future__ import annotations
@@ -26,6 +27,12 @@ MICRO_BATCH = 128
 
 
 def train(config: Config) -> None:
+    folder = RunFolder(Path(config.run.dir))
+    with folder.lock():
+        train_in(folder, config)
+
+
+def train_in(folder: RunFolder, config: Config) -> None:
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
@@ -36,9 +43,9 @@ def train(config: Config) -> None:
 
     started = time.monotonic()
     torch.set_num_threads(num_cores())
-    folder = RunFolder(Path(config.run.dir))
     folder.create(resume=True)
     folder.config.write_text(f"seed: {config.seed}\n")
+    folder.summary.unlink(missing_ok=True)
     tokenizer = load_tokenizer(config.model.path)
     prompts = training_prompts(config, tokenizer)
     rows = [

@@ -74,10 +74,10 @@ def read_plan(name: str, only: dict[str, list[str]] | None = None, num_seeds: in
 
     only: "settings" and "methods" that runs are made of, where given; num_seeds: at most so many.
     """
-    path = config_dir() / f"study/{name}.yaml"
-    if not path.is_file():
-        known = sorted(plan.stem for plan in path.parent.glob("*.yaml"))
+    known = {path.stem: path for path in sorted((config_dir() / "study").glob("*.yaml"))}
+    if name not in known:
         raise UserError(f"study={name} does not exist: choose one of {', '.join(known)}")
+    path = known[name]
     raw: Any = OmegaConf.to_container(OmegaConf.load(path))
     if unknown := sorted(raw.keys() - KEYS):
         raise UserError(f"{path}: {unknown[0]!r} is unknown; {nearest(unknown[0], KEYS)}")
@@ -91,6 +91,9 @@ def read_plan(name: str, only: dict[str, list[str]] | None = None, num_seeds: in
     compared = [(s, m, raw["methods"][m], seeds) for s, methods in methods_of.items() for m in methods]
     rows = [row for row in compared + ablated_jobs if is_wanted(row, only or {})]
     check_filters(only or {}, compared + ablated_jobs)
+    if not rows:
+        asked = " ".join(f"{key}={','.join(names)}" for key, names in (only or {}).items())
+        raise UserError(f"{asked}: {path} has these, but no run of both; give other methods, or other settings")
     jobs = [
         Job(
             setting, method, seed,

@@ -21,7 +21,28 @@ from dpsrl.report.history import History, calibration, read_history
 from dpsrl.run_folder import RunFolder
 
 NUM_BINS = 10
+CURVE = ("step", "accuracy", "rollouts", "seconds", "tokens", "whole_batches")
+KEPT = {  # what tables and figures are made of
+    "setting", "method", "seed", "arguments", "commits", "configuration", "group_size", "num_cores", "steps",
+    "num_rollouts", "curve", "mixed_share", "mixed_T", "response_tokens", "coverage", "coverage_chosen", "uses_max",
+    "short_steps", "select_ms", "selected", "audit",
+}  # fmt: skip
 NOT_TRAINING = ("time/eval_s", "time/checkpoint_s")
+
+
+def is_whole(record: Any) -> bool:
+    """Whether a record has all its parts, and each evaluation that its run was to make."""
+    try:
+        steps, curve = record["steps"], record["curve"]
+        given = dict(argument.partition("=")[::2] for argument in record["arguments"])
+        every = int(given.get("eval.every", curve["step"][1])) or steps
+        due = [*range(0, steps, every), steps]
+        return (
+            record.keys() >= KEPT and int(given.get("train.steps", steps)) == steps
+            and curve["step"] == due and all(len(curve[name]) == len(due) for name in CURVE)
+        )  # fmt: skip
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        return False
 
 
 def record_of(run_dir: Path, batch_rollouts: int) -> dict[str, Any]:
@@ -44,7 +65,7 @@ def record_of(run_dir: Path, batch_rollouts: int) -> dict[str, Any]:
         "num_restarts": summary.get("num_restarts", 0),
         "curve": curve(records, batch_rollouts),
         "mixed_share": summary["mixed_share"],
-        "mixed_T": [round(record["selection/mixed_share"], 4) for record in steps if "selection/mixed_share" in record],
+        "mixed_T": [round(share, 4) for share in values(steps, "selection/mixed_share")],
         "response_tokens": num_tokens / summary["num_rollouts"],
         "coverage": last.get("selection/coverage"),
         "coverage_chosen": chosen_coverage(history, last),
@@ -68,8 +89,7 @@ def curve(records: list[Record], batch_rollouts: int) -> dict[str, list[float]]:
             seconds += record["time/step_s"] - sum(record.get(name, 0.0) for name in NOT_TRAINING)
         if key in record:
             points.append((record["step"], record[key], rollouts, round(seconds, 3), round(tokens), whole))
-    names = ("step", "accuracy", "rollouts", "seconds", "tokens", "whole_batches")
-    return {name: list(values) for name, values in zip(names, zip(*points))}
+    return {name: list(values) for name, values in zip(CURVE, zip(*points))}
 
 
 def is_average(name: str) -> bool:
@@ -82,8 +102,13 @@ def total(steps: list[Record], key: str) -> float:
 
 
 def mean(steps: list[Record], key: str) -> float | None:
-    values = [record[key] for record in steps if key in record]
-    return round(sum(values) / len(values), 3) if values else None
+    found = values(steps, key)
+    return round(sum(found) / len(found), 3) if found else None
+
+
+def values(steps: list[Record], key: str) -> list[float]:
+    """Of the steps that have a number there."""
+    return [record[key] for record in steps if record.get(key) is not None]
 
 
 def generated(records: list[Record], batch_rollouts: int) -> Iterator[tuple[float, float, int]]:

@@ -3,6 +3,9 @@
 import json
 import os
 import re
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -10,25 +13,30 @@ import pytest
 from rich.console import Console
 
 from dpsrl.config import load_config
-from dpsrl.study import entry, origin, runs
+from dpsrl.guard import children, parents
+from dpsrl.run_folder import RunFolder
+from dpsrl.study import entry, origin, peer, runs
 from dpsrl.study.origin import code_version, setups_of
 from dpsrl.study.plan import Job, Plan, read_plan
+from dpsrl.study.record import is_whole
 from dpsrl.study.runs import make_runs, read_record
+from dpsrl.sweep import Runs
 from dpsrl.types import UserError
+from tests.made_record import made_record
 
 STAND_IN = """
 import json, os, pathlib, sys
 import numpy as np
 
 keys = dict(argument.split("=", 1) for argument in sys.argv[1:])
-folder = pathlib.Path(keys["run.dir"].strip("'"))
+folder, steps = pathlib.Path(keys["run.dir"].strip("'")), int(keys["train.steps"])
 with open("started", "a") as file:
     file.write(f"{keys['selection']}{keys['seed']} ")
 folder.parent.mkdir(parents=True, exist_ok=True)
 pathlib.Path(f"{folder}.cores").write_text(json.dumps(sorted(os.sched_getaffinity(0))))
 if keys["selection"] == "dps" and keys["seed"] == "0" and not pathlib.Path("mended").exists():
     sys.exit("dpsrl: it is [broken]")
-(folder / "checkpoints").mkdir(parents=True)
+(folder / "checkpoints").mkdir(parents=True, exist_ok=True)
 from dpsrl.checkpoint import write_checkpoint
 write_checkpoint(folder / "checkpoints/step_2", {"controller": lambda to: np.save(
     to / "audit.judged.npy", np.array([[0.9, 1, 1, 1], [0.8, 0, 1, 0], [0.1, 1, 0, 0], [0.1, 0, 0, 1]]))},
@@ -38,7 +46,7 @@ records = [
     {"step": 1, "rollout/num_rollouts": 100, "rollout/response_tokens": 10.0, "selection/mixed_share": 0.5,
      "selection/num_generated": 25, "selection/coverage": 0.1, "selection/uses_max": 1, "time/step_s": 2.0,
      "time/select_ms": 4.0, "time/train_s": 1.0},
-    {"step": 2, "eval/countdown/avg@4": 0.4, "rollout/num_rollouts": 400, "rollout/response_tokens": 20.0,
+    {"step": steps, "eval/countdown/avg@4": 0.4, "rollout/num_rollouts": 400, "rollout/response_tokens": 20.0,
      "selection/num_generated": 75, "selection/mixed_share": 0.25, "selection/coverage": 0.2,
      "selection/uses_max": 2, "time/step_s": 8.0,
      "time/eval_s": 3.0, "time/checkpoint_s": 1.0, "time/select_ms": 2.0, "time/train_s": 1.5,
@@ -54,14 +62,16 @@ groups = [
 (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + chr(10) for record in records))
 (folder / "report.html").write_text("a page")
 from dpsrl.metrics import summarize
+records = records[:1] if pathlib.Path("cut").exists() else records
 (folder / "summary.json").write_text(json.dumps(summarize(records, 2, 21.0)))
 """
 METHODS = ["uniform", "dps"]
+SHARED = ["+recipe=quickstart", "train.steps=2"]
 
 
 def made_plan(*more):
     jobs = [
-        Job("easy", method, seed, ["+recipe=quickstart", f"selection={method}", *more, f"seed={seed}"], "stand_in")
+        Job("easy", method, seed, [*SHARED, f"selection={method}", *more, f"seed={seed}"], "stand_in")
         for seed in (0, 1)
         for method in METHODS
     ]
@@ -204,6 +214,149 @@ def test_a_run_that_cannot_be_kept_has_failed_and_the_others_go_on(folder, tmp_p
     assert made(made_plan(), folder)[1] == {} and len((tmp_path / "started").read_text().split()) == 4
 
 
+class AlreadyStopped(Runs):
+    def __init__(self):
+        super().__init__()
+        self.num_stops = 1
+
+
+def test_after_a_stop_nothing_is_begun_or_waited_for(folder, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "Runs", AlreadyStopped)
+    monkeypatch.setattr(runs, "busy_share_here", lambda: pytest.fail("a second for each run that is left"))
+    monkeypatch.setattr(entry, "read_plan", lambda *_: made_plan())
+    assert entry.main(["study=made", f"out={folder}"]) == 1
+    assert {path.name for path in folder.rglob("*")} == {"lock"}
+    assert f"0 of 4 runs in {folder}; the same command goes on" in capsys.readouterr().out
+
+
+@pytest.mark.process
+def test_damaged_records_are_left_out_and_made_again(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mended").touch()
+    plan = made_plan()
+    monkeypatch.setattr(entry, "read_plan", lambda *_: plan)
+    before = made(plan, folder)[0]
+    cut = before[3] | {"curve": {name: values[:1] for name, values in before[3]["curve"].items()}}
+    for job, content in zip(plan.jobs[1:], [b"", b"\xff\x00[]", json.dumps(cut).encode()], strict=True):
+        runs.record_file(folder, job).write_bytes(content)
+    assert entry.main(["study=made", f"out={folder}", "runs=no"]) == 0
+    said = capsys.readouterr().out
+    for job in plan.jobs[1:]:
+        assert f"{job.name}/record.json is cut short or broken: left out" in said
+    assert entry.main(["study=made", f"out={folder}"]) == 0
+    assert capsys.readouterr().out.count("record.json is cut short or broken: the run is made again") == 3
+    again = [read_record(folder, job) for job in plan.jobs]
+    assert [r["audit"] for r in again] == [r["audit"] for r in before] and again[3]["curve"] == before[3]["curve"]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("damage", ["", "[]", '{"steps": 1}'])
+def test_a_summary_that_is_damaged_or_of_fewer_steps_is_no_finished_run(damage, folder, tmp_path):
+    (tmp_path / "mended").touch()
+    plan = replace(made_plan(), jobs=made_plan().jobs[:1])
+    run_dir = folder / plan.jobs[0].name
+    origin.claim(run_dir, plan.jobs[0], origin.setup_of(plan.jobs[0]), "0ddba11")
+    run_dir.mkdir()
+    (run_dir / "summary.json").write_text(damage)
+    assert made(plan, folder)[1] == {} and read_record(folder, plan.jobs[0])["steps"] == 2
+
+
+@pytest.mark.process
+def test_a_run_that_ends_early_has_failed(folder, tmp_path):
+    (tmp_path / "cut").touch()
+    plan = replace(made_plan(), jobs=made_plan().jobs[:1])
+    records, unfinished = made(plan, folder)
+    assert records == [] and "has 0 of 2 steps in its summary.json: remove it" in unfinished["easy/uniform/seed_0"]
+
+
+@pytest.mark.parametrize("damage", ["", "{}", "[]", '{"arguments": ['])
+def test_a_damaged_word_on_what_a_run_was_made_from_is_named(damage, folder, monkeypatch, capsys):
+    monkeypatch.setattr(entry, "read_plan", lambda *_: made_plan())
+    run_dir = folder / "easy/uniform/seed_0"
+    run_dir.mkdir(parents=True)
+    (run_dir / "config.yaml").touch()
+    origin.job_file(run_dir).write_text(damage)
+    assert entry.main(["study=made", f"out={folder}"]) == 2
+    assert f"{origin.job_file(run_dir)} does not say of what: remove it" in capsys.readouterr().err
+
+
+def published_in(tmp_path, monkeypatch):
+    """A published study without runs of its own."""
+    plan = made_plan()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(entry, "read_plan", lambda *_: plan)
+    path = tmp_path / "docs/study/made.json"
+    path.parent.mkdir(parents=True)
+    made = [made_record(job.setting, job.method, job.seed, arguments=job.arguments) for job in plan.jobs]
+    path.write_text(entry.compact(plan, made))
+    return path
+
+
+@pytest.mark.parametrize("damage", ["", "{}", "[]", '{"records": [{}]}', '{"records": [{"steps": 1}, 7]}'])
+def test_damaged_published_records_are_named(damage, tmp_path, monkeypatch, capsys):
+    published_in(tmp_path, monkeypatch).write_text(damage)
+    assert entry.main(["study=made", "runs=no"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("dpsrl.study: docs/study/made.json ") and "`git checkout docs/study/made.json`" in said
+
+
+@pytest.mark.parametrize("out", ["a_file", "a_file/below", "/proc/x"])
+def test_tables_that_cannot_be_written_are_told_of(out, tmp_path, monkeypatch, capsys):
+    published_in(tmp_path, monkeypatch)
+    (tmp_path / "a_file").touch()
+    assert entry.main(["study=made", "runs=no", f"out={out}"]) == 2
+    assert f"tables and figures of out={out} cannot be written" in capsys.readouterr().err
+    assert entry.main(["study=made", "runs=no", "out=here"]) == 0
+
+
+@pytest.mark.parametrize("lacks", ["commits", "audit"])
+def test_a_record_lacks_nothing(lacks):
+    whole = made_record("easy", "dps", 0)
+    assert is_whole(whole) and not is_whole({name: value for name, value in whole.items() if name != lacks})
+    for arguments in (["train.steps=3"], ["eval.every=2"]):
+        assert not is_whole(whole | {"arguments": arguments})
+    assert is_whole(whole | {"arguments": ["train.steps=2", "eval.every=1", "+recipe=quickstart"]})
+
+
+# --- TRL's runs -------------------------------------------------------------------------------------------
+
+
+def test_two_peers_do_not_share_a_folder(tmp_path, capsys):
+    with RunFolder(tmp_path / "run").lock():
+        assert peer.main(["+recipe=quickstart", f"run.dir={tmp_path}/run"]) == 2
+    assert "is in use by another run" in capsys.readouterr().err
+
+
+STUDY = """
+import sys
+from pathlib import Path
+from dpsrl.sweep import Runs
+
+entry = (sys.executable, "-c", "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(60)")
+with Runs() as runs:
+    runs.run(entry, [], Path("run"))
+"""
+
+
+def wait_until(condition, within_s=30.0):
+    end = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.process
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere the guard is idle")
+def test_a_run_without_a_guard_of_its_own_ends_with_the_study_however_that_ends(tmp_path):
+    study = subprocess.Popen([sys.executable, "-c", STUDY], cwd=tmp_path)
+    pid = tmp_path / "pid"
+    wait_until(lambda: pid.is_file() and pid.read_text())
+    wait_until(lambda: len(children(study.pid)) == 2)  # the run and its guard
+    time.sleep(1.0)  # until the guard has been told
+    study.kill()
+    study.wait()
+    wait_until(lambda: int(pid.read_text()) not in parents())
+
+
 @pytest.mark.process
 def test_what_belongs_to_another_plan_is_refused_before_hours_are_spent(folder, tmp_path, monkeypatch, capsys):
     """Also where a part of the plan is asked for, which has no such folder."""
@@ -253,7 +406,7 @@ def test_what_is_published_is_taken_over_and_never_lost(folder, tmp_path, monkey
     assert entry.main(["study=made", "out=elsewhere", "published=yes"]) == 0
     assert not (tmp_path / "started").exists() and docs.read_text() == before
     assert "4 of 4 runs" in (printed := capsys.readouterr().out) and "4 of them as published" in printed
-    mixed = replace(published, jobs=made_plan("train.steps=3").jobs[:1] + plan.jobs[1:])
+    mixed = replace(published, jobs=made_plan("trainer.lr=1e-4").jobs[:1] + plan.jobs[1:])
     monkeypatch.setattr(entry, "read_plan", lambda *_: mixed)
     assert entry.main(["study=made", "out=elsewhere", "published=yes"]) == 0
     assert (tmp_path / "started").read_text() == "uniform0 "  # made anew: its settings are other ones
@@ -328,7 +481,10 @@ def test_a_part_of_a_plan():
     [
         (["study=mian"], "study=mian does not exist: choose one of main, smoke"),
         (["methods=dpss"], "methods=dpss is not in this study"),
+        (["study=../study/main"], "study=../study/main does not exist: choose one of main, smoke"),
+        (["settings=hard", "methods=trl"], "settings=hard methods=trl: "),
         (["seeds=none"], "seeds=none: seeds must be a whole number"),
+        (["lanes=²"], "lanes=²: lanes must be a whole number"),
         (["steps=3"], "unknown key 'steps'"),
         (["runs=maybe"], "runs must be yes or no"),
         (["smoke"], "'smoke' is not of the form key=value"),
