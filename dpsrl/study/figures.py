@@ -14,6 +14,7 @@ from dpsrl.metrics import Record
 from dpsrl.study.analysis import AT_THE_START, CENSORED, mean_interval
 from dpsrl.study.plan import Plan
 from dpsrl.study.rows import Runs, compared, runs_of, same_cores
+from dpsrl.study.stored import write_text
 from dpsrl.study.tables import Table
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 OVER = {"step": "steps", "rollouts": "rollouts", "seconds": "seconds of training"}
 WIDTH, HEIGHT = 3.6, 2.9  # inches of a panel
+LEGEND_COLUMN, LEGEND_ROW = 1.8, 0.18  # inches
+LEGEND_ROWS = 3  # for which there is room
 
 
 def draw(plan: Plan, records: Sequence[Record], tables: dict[str, Table], folder: Path) -> None:
@@ -38,7 +41,7 @@ def draw(plan: Plan, records: Sequence[Record], tables: dict[str, Table], folder
             "cost": cost(plan, tables),
         }
         for name, figure in figures.items():
-            (folder / f"{name}.svg").write_text(plots.to_svg(figure, f"study-{name}"))
+            write_text(folder / f"{name}.svg", plots.to_svg(figure, f"study-{name}"))
 
 
 def panels(num_rows: int, num_columns: int) -> tuple[Figure, np.ndarray]:
@@ -60,12 +63,16 @@ def drawn(plan: Plan, records: Sequence[Record], setting: str) -> Iterator[tuple
 
 
 def legend(figure: Figure) -> None:
-    """One for all panels, each method once."""
+    """One for all panels, each method once, in as many columns as there is room for; rows make the figure higher."""
     found: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels()):
             found.setdefault(label, handle)
-    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=6)
+    num_columns = min(6, int(figure.get_figwidth() / LEGEND_COLUMN))
+    num_more = max(0, -(-len(found) // num_columns) - LEGEND_ROWS)
+    figure.set_figheight(figure.get_figheight() + LEGEND_ROW * num_more)
+    look = {"ncols": num_columns, "columnspacing": num_columns / 3}  # closer where the figure is narrow
+    figure.legend(found.values(), found.keys(), loc="outside lower center", **look)
 
 
 def band(axes: Axes, x_T: np.ndarray, values_ST: np.ndarray, look: dict[str, Any], marker: str = "") -> None:
