@@ -271,12 +271,11 @@ def ablation_row(runs: Runs, beside: Runs, variant: Variant) -> Row:
 def verdict_row(plan: Plan, method: str, found: dict[str, Runs]) -> Row:
     """Whether a method reached the reference's final accuracy with at most CLAIMED_SHARE of its rollouts, counted as
     they were and as whole batches, and whether its mixed share is above that of all others that choose beforehand.
+    Without runs of the reference there is the latter alone.
     """
     runs, reference = paired(found[method], found.get(plan.reference, Runs({})))
-    row: Row = {"seeds": len(runs.seeds)}
-    if not runs:
-        return row
-    for name in ("rollouts", "whole_batches"):
+    row: Row = {"seeds": len(runs.seeds or found[method].seeds)}
+    for name in ("rollouts", "whole_batches") if runs else ():
         ratio = cost_ratio_interval(runs.curves("rollouts"), reference.curves(name), 1.0)
         row |= {name: told_ratio(ratio), f"{name}/within": within(ratio)}
     others = {name: other for name, other in found.items() if name != method and name not in plan.refilling}

@@ -183,8 +183,8 @@ def cell(row: Row, form: Callable[[Any], str], key: str) -> str:
 
 
 def verdict(row: Row, count: str) -> str:
-    """`no: 31% [27%, 40%]`."""
-    return f"{row[f'{count}/within']}: {ratio(row[count])}"
+    """`no: 31% [27%, 40%]`; nothing without runs of the reference."""
+    return f"{row[f'{count}/within']}: {ratio(row[count])}" if count in row else ""
 
 
 def above_all(row: Row, of: Sequence[str] | None = None) -> str:

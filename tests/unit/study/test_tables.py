@@ -4,13 +4,18 @@ import json
 import re
 from pathlib import Path
 
+import matplotlib
+import numpy as np
 import pytest
 
+from dpsrl import plots
+from dpsrl.study.figures import draw, mixed
 from dpsrl.study.plan import Plan, Variant, read_plan
 from dpsrl.study.tables import COLUMNS, FIGURES, above_all, fill, markdown, ratio, tables_of
 from tests.made_record import made_record
 
 ROOT = Path(__file__).parents[3]
+DRAWN_BY = "3.11.2"  # the matplotlib of the published figures
 METHODS = ["uniform", "dynamic", "forecast"]
 LATE = {"lag": {"late": Variant("forecast", "forecast")}}
 PLAN = Plan(
@@ -278,6 +283,14 @@ def test_a_partial_study_without_the_reference_has_tables_too():
         markdown(name, table)
 
 
+def test_a_judged_method_without_the_reference_has_its_mixed_share_compared():
+    few = [record for record in records(8) if record["method"] != "dynamic"]
+    text = markdown("verdict", tables_of(PLAN, few)["verdict"])
+    above = "yes: +0.300 ± 0.000 above `uniform`"
+    papers = above.replace("yes", "yes, without `history_resampling`")
+    assert f"| `forecast` | easy | 8 |  |  | {papers} | {above} |" in text
+
+
 def test_marks_are_filled_and_filled_again(tables):
     page = "before\n<!-- study: easy/cost -->\nold\n<!-- /study -->\nafter <!-- study: other/cost -->\nx<!-- /study -->"
     once = fill(page, tables)
@@ -289,19 +302,78 @@ def test_marks_are_filled_and_filled_again(tables):
     assert fill(once, tables) == once and "`forecast`" in once
 
 
-DATA = ROOT / "docs/study/main.json"
+@pytest.fixture(scope="module")
+def published():
+    """The plan that is published, its records and its tables."""
+    plan, made = read_plan("main"), json.loads((ROOT / "docs/study/main.json").read_text())["records"]
+    return plan, made, tables_of(plan, made)
 
 
-@pytest.mark.skipif(not DATA.exists(), reason="the study has not been published yet")
-def test_the_page_says_what_its_runs_say():
-    plan = read_plan("main")
-    tables = tables_of(plan, json.loads(DATA.read_text())["records"])
+def test_the_page_says_what_its_runs_say(published):
+    _, _, tables = published
     page = (ROOT / "docs/results.md").read_text()
     assert fill(page, tables) == page
     marked = re.findall(r"<!-- study: ([\w/]+) -->", page)
     assert set(marked) <= tables.keys() | {f"figure/{name}" for name in FIGURES} and "countdown/cost" in marked
     readme = (ROOT / "README.md").read_text()
     assert fill(readme, tables) == readme and "<!-- study: hard/accuracy -->" in readme
+
+
+@pytest.mark.skipif(matplotlib.__version__ != DRAWN_BY, reason="another matplotlib writes other bytes")
+def test_the_figures_show_what_the_runs_say(published, tmp_path):
+    draw(*published, tmp_path)
+    for name in FIGURES:
+        assert (tmp_path / f"{name}.svg").read_bytes() == (ROOT / f"docs/study/{name}.svg").read_bytes(), name
+
+
+def test_the_prose_says_what_the_runs_say(published):
+    """Of its numbers those that no table has."""
+    plan, made, tables = published
+    page = (ROOT / "docs/results.md").read_text()
+    with_prompts, with_share = zip(*(correlations(tables, setting) for setting in ("countdown", "hard", "large")))
+    for said, found in (("{:.2f} in `countdown`, {:.2f} in `hard` and {:.2f} in `large`", with_prompts),
+                        ("with the share of mixed groups {:.2f}, {:.2f} and {:.2f};", with_share)):  # fmt: skip
+        assert said.format(*found) in page
+    falls = [1 - after / before for *_, before, after in (record["curve"]["accuracy"] for record in made)]
+    assert f"up to {max(falls):.0%} is lost" in page
+    words = "that of the mean is {:+.3f} in `countdown`, {:+.3f} in `hard`, {:+.3f} in `large` and {:+.3f} in `few`"
+    assert words.format(*(over_mean(tables, setting, "dps") for setting in plan.methods_of)) in page
+    words = "`forecast_diminish` are better ({:.3f}, {:.3f}, and {:.3f} in `few`"
+    assert words.format(*(over_mean(tables, s, "forecast_diminish") for s in ("countdown", "hard", "few"))) in page
+
+
+def over_mean(tables, setting, method):
+    """Its Brier score minus that of the mean."""
+    found = row(tables, f"{setting}/prediction", method)
+    return found["brier/all"]["value"] - found["brier_of_mean/all"]
+
+
+def correlations(tables, setting):
+    """Of mean accuracies, by rank, with prompts that had mixed groups and with mixed shares, at uniform's rollouts."""
+    rows = zip(tables[f"{setting}/accuracy"].rows, tables[f"{setting}/selection"].rows, strict=True)
+    spent = row(tables, f"{setting}/accuracy", "uniform")["rollouts"]
+    same = [
+        (accuracy["accuracy"][0], selection["mixed_prompts"], selection["mixed_share"][0])
+        for accuracy, selection in rows
+        if accuracy["rollouts"] == spent and selection["mixed_prompts"]
+    ]
+    values_3M = np.array(same).T[:, :, None]
+    ranks_3M = np.sign(values_3M - values_3M.transpose(0, 2, 1)).sum(axis=-1)
+    return np.corrcoef(ranks_3M)[0, 1:]
+
+
+def test_a_legend_is_within_its_figure():
+    """Of a single setting, whose figure is a panel wide."""
+    methods = read_plan("main").methods_of["countdown"]
+    plan = Plan("made", "dynamic", "forecast", False, {"countdown": methods}, "", {}, [])
+    with matplotlib.rc_context(plots.STYLE):
+        figure = mixed(plan, [made_record("countdown", method, 0) for method in methods])
+        plots.lay_out(figure)
+        figure.draw_without_rendering()
+    (legend,), (axes,) = figure.legends, figure.axes
+    drawn, panel = legend.get_window_extent(), axes.get_window_extent()
+    assert figure.bbox.x0 <= drawn.x0 and drawn.x1 <= figure.bbox.x1 and drawn.y1 < panel.y0
+    assert panel.height > 2 * figure.dpi
 
 
 def test_every_table_of_the_plan_is_on_the_page():
