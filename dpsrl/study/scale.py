@@ -22,7 +22,11 @@ from typing import Any
 from rich.console import Console
 
 from dpsrl import printed
+from dpsrl.checkpoint import reason
+from dpsrl.exits import code_of
 from dpsrl.study.marks import fill_marks, markdown_of
+from dpsrl.study.stored import Damaged, of_git, read_object, write_text
+from dpsrl.types import UserError
 
 CONSTANTS, PAGE = Path("docs/study/constants.json"), Path("docs/results.md")
 BENCH = 'make bench ARGS="scale keep"'
@@ -115,8 +119,16 @@ def methods(c: Constants) -> dict[str, Method]:
     return {method.name: method for method in made}
 
 
-def read_constants(path: Path = CONSTANTS) -> Constants:
-    return {name: entry["value"] for name, entry in json.loads(path.read_text()).items()}
+def read_entries(path: Path = CONSTANTS) -> dict[str, Any]:
+    """UserError where it is not there or damaged."""
+    if not path.is_file():
+        raise UserError(f"{path} is not here: run this in a clone's first folder")
+    entries = read_object(path, of_git(path))
+    try:
+        tables(entries)
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise Damaged(f"{path} lacks constants or parts of them ({reason(error)}): {of_git(path)}") from error
+    return entries
 
 
 def record_measured(path: Path, found: dict[str, float], load: float) -> None:
@@ -131,7 +143,8 @@ def record_measured(path: Path, found: dict[str, float], load: float) -> None:
 
 def write_constants(path: Path, entries: dict[str, Any]) -> None:
     """A constant a line."""
-    path.write_text("{\n" + ",\n".join(f'"{name}": {json.dumps(entry)}' for name, entry in entries.items()) + "\n}\n")
+    lines = ",\n".join(f'"{name}": {json.dumps(entry)}' for name, entry in entries.items())
+    write_text(path, f"{{\n{lines}\n}}\n")
 
 
 # --- a step -----------------------------------------------------------------------------------------------
@@ -389,22 +402,24 @@ def fill(page: str, entries: dict[str, Any]) -> str:
     return fill_marks(page, "scale", made.__getitem__)
 
 
-def main(arguments: list[str]) -> int:
-    if arguments:
-        print(__doc__)
-        return 0 if arguments[0] in ("-h", "--help") else 2
-    if not CONSTANTS.is_file():
-        print(f"dpsrl.study.scale: {CONSTANTS} is not here: run this in a clone's first folder", file=sys.stderr)
-        return 2
-    entries = json.loads(CONSTANTS.read_text())
-    console, made = Console(), tables(entries)
+def show(console: Console) -> None:
+    entries = read_entries()
+    if not PAGE.is_file():
+        raise UserError(f"{PAGE} is not here, which the tables go into: {of_git(PAGE)}")
+    made = tables(entries)
     savings_shown = [name for name in made["savings"][0] if "saves" in name]
     printed.show(console, "of the time for as many mixed groups", made["savings"], ["model", "GPUs", *savings_shown])
     printed.show(console, "where a part takes a tenth of a step", made["limits"], made["limits"][0])
     printed.tell(console, sentences({name: entry["value"] for name, entry in entries.items()}))
     console.print(f"\nall tables are in {PAGE}, the constants in {CONSTANTS}", highlight=False)
-    PAGE.write_text(fill(PAGE.read_text(), entries))
-    return 0
+    write_text(PAGE, fill(PAGE.read_text(), entries))
+
+
+def main(arguments: list[str]) -> int:
+    if arguments:
+        print(__doc__)
+        return 0 if arguments[0] in ("-h", "--help") else 2
+    return code_of("dpsrl.study.scale", lambda: show(Console()))
 
 
 if __name__ == "__main__":

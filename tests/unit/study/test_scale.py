@@ -161,6 +161,22 @@ def test_measuring_keeps_units_and_replaces_values(tmp_path):
     assert "load 2.0" in kept["call_ms"]["where"] and kept["peak_tflops"] == ENTRIES["peak_tflops"]
 
 
+@pytest.mark.parametrize(
+    "damage", ["", "{}", "[]", "{", '{"peak_tflops": 7}', json.dumps(ENTRIES | {"peak_tflops": {"value": None}})]
+)
+def test_damaged_constants_and_a_page_that_is_gone_are_named(damage, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs/study").mkdir(parents=True)
+    scale.CONSTANTS.write_text(damage)
+    assert scale.main([]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("dpsrl.study.scale: docs/study/constants.json ") and "`git checkout docs/study/" in said
+    scale.CONSTANTS.write_text(json.dumps(ENTRIES))
+    assert scale.main([]) == 2 and "docs/results.md is not here" in capsys.readouterr().err
+    scale.PAGE.touch()
+    assert scale.main([]) == 0
+
+
 def test_the_page_says_what_the_constants_give():
     page = (ROOT / "docs/results.md").read_text()
     assert scale.fill(page, ENTRIES) == page
