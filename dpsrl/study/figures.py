@@ -161,6 +161,6 @@ def cost(plan: Plan, tables: dict[str, Table]) -> Figure:
                 axes.plot(found["value"], place, "o", color=color)
         axes.axvline(1.0, color="#BBBBBB", linewidth=1)
         axes.set_yticks(range(len(rows)), [row["method"] for row in rows])
-        axes.set(title=setting, xlabel=f"over all rollouts of {plan.reference}", ylim=(-0.5, len(rows) - 0.5))
+        axes.set(title=setting, xlabel=f"over all rollouts of {plan.reference}", ylim=(-0.5, max(1, len(rows)) - 0.5))
         axes.set_xlim(left=0)
     return figure

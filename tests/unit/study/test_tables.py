@@ -274,13 +274,15 @@ def test_every_row_can_be_written_and_is_json(eight):
     assert "| not within 25% |" in text and "| 25% [25%, 25%] |" in text
 
 
-def test_a_partial_study_without_the_reference_has_tables_too():
+@pytest.mark.filterwarnings("error")
+def test_a_partial_study_without_the_reference_has_tables_and_figures_too(tmp_path):
     only = [record for record in records() if record["method"] == "uniform"]
     tables = tables_of(PLAN, only)
     (uniform,) = tables["easy/cost"].rows
     assert uniform == {"method": "uniform", "seeds": 0}
     for name, table in tables.items():
         markdown(name, table)
+    draw(PLAN, only, tables, tmp_path)
 
 
 def test_a_judged_method_without_the_reference_has_its_mixed_share_compared():
