@@ -149,10 +149,10 @@ def test_bfloat16_trains_to_nearly_the_same(ranks, reference, arguments):
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_in_bfloat16_the_last_of_many_micro_batches_counts_as_the_first(ranks, stage):
-    """A sum kept in bfloat16 stands still once it is some hundred times what is added."""
+    """A sum kept in bfloat16 loses more and more of what is added, and stands still in the end."""
     config = configuration("model.dtype=bfloat16", "trainer.max_grad_norm=1e9", f"trainer.zero_stage={stage}")
     (update,) = lay_out(groups(1, config), 1, 1, config.trainer.micro_batch_tokens)
-    times = 400
+    times = 150
     many = replace(
         update, ranks=[update.ranks[0] * times], total_weight=update.total_weight * times,
         trained_weight=update.trained_weight * times,
