@@ -23,7 +23,7 @@ from dpsrl.config import Config, help_text, load_config
 from dpsrl.data.build import benchmark_prompts, load_tokenizer, reward_of
 from dpsrl.data.prompts import PromptSet
 from dpsrl.exits import code_of
-from dpsrl.files import written_beside
+from dpsrl.files import check_writable, written_beside
 from dpsrl.groups import EVALUATION, GroupStream
 from dpsrl.installed import check_installed
 from dpsrl.metrics import Lines, plain
@@ -242,7 +242,7 @@ def preflight(config: Config) -> tuple[RunFolder, Benchmarks, list[str]]:
     with readable():
         check_model_folder(config.model.path)
         folder.check_free()
-        folder.check_writable()
+        check_writable(folder.path, "run.dir")
         benchmarks = Benchmarks(config, load_tokenizer(config.model.path))
     samples, read, planned, remarks = config.eval.num_rollouts, [], [], []
     for name, prompts in benchmarks.prompts.items():

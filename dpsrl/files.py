@@ -8,6 +8,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from dpsrl.types import UserError
+
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
@@ -21,12 +23,23 @@ def written_beside(path: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
-def try_folder(folder: Path) -> None:
-    """OSError where nothing could be made in the folder, which may not be there yet. Leaves nothing behind.
+@contextmanager
+def written_to(folder: Path, key: str) -> Iterator[None]:
+    """UserError that names the key which gave the folder, where something inside could not be written."""
+    try:
+        yield
+    except OSError as error:
+        why = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        raise UserError(f"{key}={folder} cannot be written to ({why}): make it writable or choose another") from error
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """UserError where nothing could be made in the folder, which may not be there yet. Leaves nothing behind.
 
     It tries: what a folder allows is not all that counts, /proc takes none and a disk may be read-only.
     """
-    folder = folder.absolute()
-    nearest = next(place for place in (folder, *folder.parents) if place.exists())
-    with TemporaryDirectory(prefix=".dpsrl-", dir=nearest):
-        pass
+    place = folder.absolute()
+    with written_to(folder, key):
+        nearest = next(place for place in (place, *place.parents) if place.exists())
+        with TemporaryDirectory(prefix=".dpsrl-", dir=nearest):
+            pass

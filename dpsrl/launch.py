@@ -24,7 +24,7 @@ from dpsrl.data.build import load_tokenizer, training_prompts
 from dpsrl.data.prompts import PromptSet
 from dpsrl.early import EarlyTraining
 from dpsrl.evaluate import Benchmarks, outcome_rule
-from dpsrl.files import written_beside
+from dpsrl.files import check_writable, written_beside
 from dpsrl.groups import TRAINING, GroupStream
 from dpsrl.installed import check_installed
 from dpsrl.metrics import GroupLog, Measured, Metrics
@@ -127,7 +127,7 @@ def _checked(config: Config, started: float) -> Checked:
         check_here(resource_plan(config))
     folder = RunFolder(run_path(config))
     folder.check_free(resume=config.resume != "no")
-    folder.check_writable()
+    check_writable(folder.path, "run.dir")
     check_model_folder(config.model.path)
     own_method = is_own(config.selection.method)
     if not own_method:

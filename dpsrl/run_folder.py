@@ -32,7 +32,6 @@ from dpsrl.checkpoint import (
     verify,
     write_checkpoint,
 )
-from dpsrl.files import try_folder
 from dpsrl.types import UserError
 
 _held: set[int] = set()  # descriptors of this process's locks
@@ -70,15 +69,6 @@ class RunFolder:
                 f"run.dir={self.path} is occupied, but not by a run that could be resumed: "
                 "choose another folder or remove this one"
             )
-
-    def check_writable(self) -> None:
-        """UserError where the folder could not be made or written to."""
-        try:
-            try_folder(self.path)
-        except OSError as error:
-            raise UserError(
-                f"run.dir={self.path} cannot be written to ({error.strerror}): make it writable or choose another"
-            ) from error
 
     def create(self, resume: bool = False) -> None:
         self.check_free(resume)

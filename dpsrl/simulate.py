@@ -10,9 +10,8 @@ import json
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from rich.progress import Progress
 from dpsrl import plots, printed
 from dpsrl.controller import Controller, Outcome
 from dpsrl.exits import code_of
-from dpsrl.files import try_folder
+from dpsrl.files import check_writable, written_to
 from dpsrl.machine import num_cores
 from dpsrl.metrics import plain
 from dpsrl.own import is_own, load_own
@@ -349,27 +348,18 @@ def run(plan: Plan, console: Console) -> Path:
     """Simulates, prints the tables, and writes the folder, which it returns."""
     started = time.monotonic()
     folder = Path(plan.out or f"runs/simulate-{time.strftime('%Y%m%d-%H%M%S')}")
-    with writable(folder):
-        try_folder(folder)
+    check_writable(folder, "out")
     results = run_all(plan, console)
     rows = summarize(results, plan)
     for world in plan.worlds:
         show(rows, world, plan, console)
     content = {"plan": asdict(plan), "rows": rows, "runs": [asdict(result) for result in results]}
-    with writable(folder):
+    with written_to(folder, "out"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "summary.json").write_text(json.dumps(content, indent=1, allow_nan=False))
         draw(results, plan, folder)
     console.print(f"{len(results)} runs in {time.monotonic() - started:.0f} s; {folder}/simulate.png, summary.json")
     return folder
-
-
-@contextmanager
-def writable(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"out={folder} cannot be written to ({error.strerror}); give another folder.") from error
 
 
 def main(arguments: list[str]) -> int:

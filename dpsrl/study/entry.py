@@ -13,8 +13,8 @@ from pathlib import Path
 from rich.console import Console
 
 from dpsrl import printed
-from dpsrl.checkpoint import reason
 from dpsrl.exits import code_of
+from dpsrl.files import check_writable, written_to
 from dpsrl.metrics import Record, write_summary
 from dpsrl.run_folder import RunFolder
 from dpsrl.selection.options import nearest
@@ -99,6 +99,7 @@ def study(asked: Asked, console: Console) -> int:
     for job in whole.jobs:  # before hours are spent on runs that could not be put beside the others
         check_origin(asked.folder / job.name, job)
     published = published_records(whole)
+    check_writable(asked.folder, "out")
     if asked.makes_runs:
         with RunFolder(asked.folder).lock():
             done = published if asked.takes_published else {}
@@ -113,13 +114,8 @@ def study(asked: Asked, console: Console) -> int:
             console.print(f"{path} is cut short or broken: left out until the run is made again", **PLAIN)
     if records:
         tables = tables_of(whole, records)
-        try:
+        with written_to(asked.folder, "out"):
             publish(whole, asked.folder, records, tables, unfinished)
-        except OSError as error:
-            raise UserError(
-                f"tables and figures of out={asked.folder} cannot be written ({reason(error)}): make it writable, or "
-                "give another folder"
-            ) from error
         show(tables, console)
         console.print(f"\nall columns are in {asked.folder}/tables.md, the figures beside it", **PLAIN)
     for name, why in unfinished.items():

@@ -304,7 +304,7 @@ def test_tables_that_cannot_be_written_are_told_of(out, tmp_path, monkeypatch, c
     published_in(tmp_path, monkeypatch)
     (tmp_path / "a_file").touch()
     assert entry.main(["study=made", "runs=no", f"out={out}"]) == 2
-    assert f"tables and figures of out={out} cannot be written" in capsys.readouterr().err
+    assert f"out={out} cannot be written to" in capsys.readouterr().err
     assert entry.main(["study=made", "runs=no", "out=here"]) == 0
 
 
