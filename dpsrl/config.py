@@ -29,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dpsrl.own import is_own
+from dpsrl.selection import Selector, build_selector
 from dpsrl.selection.outcomes import OutcomeRule
 from dpsrl.types import UserError
 
@@ -534,6 +535,13 @@ def selector_config(config: Config) -> dict[str, Any]:
     options = vars(config.selection).items()
     given = {name: value for name, value in options if value is not None and name not in CONTROLLER_KEYS}
     return given | given.pop("options")
+
+
+def selector_of(config: Config, num_prompts: int) -> Selector:
+    """A selector as the keys have it; UserError where they do not go together."""
+    return build_selector(
+        **selector_config(config), num_prompts=num_prompts, num_rollouts=config.rollout.num_rollouts, seed=config.seed
+    )
 
 
 def read_run_config(path: Path) -> Config:

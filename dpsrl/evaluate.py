@@ -23,10 +23,10 @@ from dpsrl.config import Config, help_text, load_config
 from dpsrl.data.build import benchmark_prompts, load_tokenizer, reward_of
 from dpsrl.data.prompts import PromptSet
 from dpsrl.exits import code_of
-from dpsrl.files import check_writable, written_beside
+from dpsrl.files import check_writable, write_text
 from dpsrl.groups import EVALUATION, GroupStream
 from dpsrl.installed import check_installed
-from dpsrl.metrics import Lines, plain
+from dpsrl.metrics import Lines, plain_record
 from dpsrl.pools import RolloutPool, transfer_backend
 from dpsrl.resources import check_here, num_local_gpus, resource_plan
 from dpsrl.rewards import Scorer, try_function
@@ -254,9 +254,8 @@ def preflight(config: Config) -> tuple[RunFolder, Benchmarks, list[str]]:
 
 def write_results(path: Path, results: list[EvalResult]) -> None:
     """What is no number, where not one reward was to be had, is null."""
-    rows = [{name: plain(value) for name, value in vars(result).items()} for result in results]
-    with written_beside(path) as partial:
-        partial.write_text(json.dumps(rows, indent=1, allow_nan=False))
+    rows = [plain_record(vars(result)) for result in results]
+    write_text(path, json.dumps(rows, indent=1, allow_nan=False))
 
 
 def results_table(results: list[EvalResult]):

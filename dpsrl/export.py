@@ -19,13 +19,12 @@ import pyarrow
 import pyarrow.parquet
 
 from dpsrl.checkpoint import read_state
-from dpsrl.config import read_run_config, selector_config
+from dpsrl.config import read_run_config, selector_of
 from dpsrl.controller import part_of
 from dpsrl.data.files import first_line
 from dpsrl.data.prompts import id_text
 from dpsrl.files import written_beside
 from dpsrl.run_folder import RunFolder
-from dpsrl.selection import build_selector
 from dpsrl.types import UserError
 
 BATCH_ROWS = 1 << 16
@@ -97,9 +96,7 @@ def export_posterior(run: Path, out: Path) -> tuple[int, Path]:
         raise UserError(f"{run} has no checkpoint, which --posterior reads: leave it out, or set checkpoint.every")
     config, state = read_run_config(run / "config.yaml"), read_state(checkpoints[-1] / "controller")
     ids_N = state["prompt_ids"]
-    selector = build_selector(
-        **selector_config(config), num_prompts=len(ids_N), num_rollouts=config.rollout.num_rollouts, seed=config.seed
-    )
+    selector = selector_of(config, len(ids_N))
     if not selector.predicts:
         raise UserError(f"selection.method={config.selection.method} predicts nothing: leave out --posterior")
     selector.load_state_dict(part_of(state, "selector."))

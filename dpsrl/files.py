@@ -23,6 +23,11 @@ def written_beside(path: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    with written_beside(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 @contextmanager
 def written_to(folder: Path, key: str) -> Iterator[None]:
     """UserError that names the key which gave the folder, where something inside could not be written."""

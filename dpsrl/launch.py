@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from dpsrl.checkpoint import Checkpoint, check_model_folder, read_state
 from dpsrl.cluster import Cluster
-from dpsrl.config import Config, selector_config
+from dpsrl.config import Config, selector_config, selector_of
 from dpsrl.crew import Keeper
 from dpsrl.data.build import load_tokenizer, training_prompts
 from dpsrl.data.prompts import PromptSet
@@ -37,7 +37,6 @@ from dpsrl.resume import Driver, about_run, check_same_run, choose_checkpoint, r
 from dpsrl.rewards import Scorer, check_function, try_function
 from dpsrl.run_folder import RunFolder, readable, unwritable
 from dpsrl.screen import Screen
-from dpsrl.selection import build_selector
 from dpsrl.selection.outcomes import OutcomeRule
 from dpsrl.sinks import check_sinks, open_sinks
 from dpsrl.stops import StopRequests
@@ -131,7 +130,7 @@ def _checked(config: Config, started: float) -> Checked:
     check_model_folder(config.model.path)
     own_method = is_own(config.selection.method)
     if not own_method:
-        check_selection(config, num_prompts=1)
+        selector_of(config, num_prompts=1)
     check_function(config.reward.fn)
     check_loss(config)
     check_sinks(config.log.to)
@@ -145,7 +144,7 @@ def _checked(config: Config, started: float) -> Checked:
             f"set train.batch to at most {len(prompts)}"
         )
     if own_method:  # which may keep something for these prompts alone
-        check_selection(config, len(prompts))
+        selector_of(config, len(prompts))
     remarks = remarks + try_function(config.reward.fn, prompts[0].answer, config.reward.deadline_s)
     benchmarks, prior = Benchmarks(config, tokenizer), read_prior(config, prompts.ids)
     about = about_run(config, prompts, benchmarks.prompts)
@@ -153,12 +152,6 @@ def _checked(config: Config, started: float) -> Checked:
         remarks = remarks + check_same_run(checkpoint, config, about)
     elapsed_s = read_driver(checkpoint).elapsed_s
     return Checked(folder, tokenizer, prompts, benchmarks, prior, saved, checkpoint, about, remarks, started, elapsed_s)
-
-
-def check_selection(config: Config, num_prompts: int) -> None:
-    build_selector(
-        **selector_config(config), num_prompts=num_prompts, num_rollouts=config.rollout.num_rollouts, seed=config.seed
-    )
 
 
 def check_loss(config: Config) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from dpsrl.files import written_beside
+from dpsrl.files import write_text, written_beside
 from dpsrl.types import Group
 
 # --- the key table ------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ class Metrics:
         return self._closed
 
     def _write(self, record: Record) -> None:
-        record = {name: plain(value) for name, value in record.items()}
+        record = plain_record(record)
         self._file.write(record)
         for sink in self._sinks:
             sink(record)
@@ -245,6 +245,10 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def plain_record(record: Mapping[str, Any]) -> Record:
+    return {name: plain(value) for name, value in record.items()}
+
+
 class Lines:
     """A JSON-lines file that is open for more.
 
@@ -263,7 +267,7 @@ class Lines:
         self._file = path.open("ab", buffering=0)  # a killed run keeps every line it wrote
 
     def write(self, record: Mapping[str, Any]) -> None:
-        line = json.dumps({name: plain(value) for name, value in record.items()}, allow_nan=False)
+        line = json.dumps(plain_record(record), allow_nan=False)
         try:
             whole, start = f"{line}\n".encode(), self._file.seek(0, os.SEEK_END)
             if self._file.write(whole) != len(whole):
@@ -366,5 +370,4 @@ def mixed_share(records: Sequence[Record]) -> float | None:
 
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
-    with written_beside(path) as partial:
-        partial.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(summary, indent=2, allow_nan=False) + "\n")

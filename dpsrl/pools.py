@@ -305,8 +305,7 @@ class TrainerPool:
         from dpsrl.trainer import TrainerWorker  # torch takes seconds; a mistake in the configuration is told before
 
         self.cluster, self.config, self.backend = cluster, config, backend
-        self.under_way: dict[Any, Any] = {}  # calls of the updates that were begun and not yet finished
-        self.settled = True  # whether somebody has waited for them
+        self.under_way: dict[Any, Any] = {}  # calls of the updates that were begun and that nobody has waited for
         num_ranks = config.trainer.num_workers
         threads = cluster.threads(num_ranks)
         env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
@@ -369,12 +368,11 @@ class TrainerPool:
 
     def begin(self, updates: list[Update]) -> dict[Any, Any]:
         """Starts a step's updates; `finish` waits for them."""
-        return self._begin(
-            {
-                rank: rank.train_step.remote([(u.ranks[index], u.total_weight, u.trained_weight) for u in updates])
-                for index, rank in enumerate(self.ranks)
-            }
-        )
+        self.under_way = {
+            rank: rank.train_step.remote([(u.ranks[index], u.total_weight, u.trained_weight) for u in updates])
+            for index, rank in enumerate(self.ranks)
+        }
+        return self.under_way
 
     def running(self, calls: dict[Any, Any]) -> bool:
         return bool(ray.wait(list(calls.values()), num_returns=len(calls), timeout=0)[1])
@@ -382,15 +380,15 @@ class TrainerPool:
     def finish(self, calls: dict[Any, Any]) -> dict[str, Any]:
         """Metrics of the step's updates."""
         metrics = self.cluster.get(calls, "train")[0]
-        self.under_way, self.settled = {}, True
+        self.under_way = {}
         return metrics
 
     def settle(self) -> bool:
         """Waits for updates under way, without taking their metrics; whether there were any not waited for before."""
-        begun, self.settled = not self.settled, True
-        if begun:
-            self.cluster.get(self.under_way, "train")
-        return begun
+        calls, self.under_way = self.under_way, {}
+        if calls:
+            self.cluster.get(calls, "train")
+        return bool(calls)
 
     def accumulate(self, update: Update) -> dict[Any, Any]:
         """Starts on a part of an update that `begin_update` will end."""
@@ -398,11 +396,8 @@ class TrainerPool:
 
     def begin_update(self, total_weight: float, trained_weight: float) -> dict[Any, Any]:
         """Starts the optimizer's step on what was accumulated; `finish` waits for it."""
-        return self._begin({rank: rank.end_step.remote(total_weight, trained_weight) for rank in self.ranks})
-
-    def _begin(self, calls: dict[Any, Any]) -> dict[Any, Any]:
-        self.under_way, self.settled = calls, False
-        return calls
+        self.under_way = {rank: rank.end_step.remote(total_weight, trained_weight) for rank in self.ranks}
+        return self.under_way
 
     def reference_log_ratios(self, update: Update) -> np.ndarray:
         """float64, for each rollout that is laid out, sum over its tokens of log p_engine - log p_reference."""

@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 
 from dpsrl.checkpoint import read_state
-from dpsrl.config import Config, selector_config
+from dpsrl.config import Config, selector_of
 from dpsrl.controller import part_of
 from dpsrl.own import is_own
 from dpsrl.run_folder import RunFolder
-from dpsrl.selection import build_selector
 from dpsrl.types import UserError
 
 MAX_ROLLOUTS = 10**9  # of a line; more is a mistake, and sums must stay whole
@@ -67,11 +66,8 @@ def read_prior(config: Config, prompt_ids: np.ndarray) -> Prior:
 
 def _try(state: dict[str, Any], config: Config) -> None:
     """A selector of one prompt takes over all that is not about single prompts."""
-    selector = build_selector(
-        **selector_config(config), num_prompts=1, num_rollouts=config.rollout.num_rollouts, seed=config.seed
-    )
     try:
-        selector.adopt(part_of(state, "selector."), np.full(len(state["prompt_ids"]), -1))
+        selector_of(config, num_prompts=1).adopt(part_of(state, "selector."), np.full(len(state["prompt_ids"]), -1))
     except UserError as error:
         raise UserError(f"selection.warm_start={config.selection.warm_start}: {error}") from None
 

@@ -22,7 +22,7 @@ from dpsrl.config import Config, schema_keys, value_of
 from dpsrl.data.prompts import PromptSet
 from dpsrl.group_files import read_groups, write_groups
 from dpsrl.ledger import Ledger
-from dpsrl.metrics import plain
+from dpsrl.metrics import plain_record
 from dpsrl.run_folder import RunFolder
 from dpsrl.types import Group, UserError
 
@@ -159,13 +159,13 @@ class Driver:
 
     def write(self, folder: Path, elapsed_s: float, record: dict[str, Any]) -> None:
         state = {
-            "record": {name: plain(value) for name, value in record.items()},
+            "record": plain_record(record),
             "num_generated": self.num_generated,
             "num_rollouts": self.num_rollouts,
             "elapsed_s": elapsed_s,
             "ledger": asdict(self.ledger),
             "under_way": list(self.under_way.items()),
-            "measured": [{name: plain(value) for name, value in record.items()} for record in self.measured],
+            "measured": [plain_record(measured) for measured in self.measured],
         }
         (folder / "state.json").write_text(json.dumps(state, indent=1))
         for place, groups in enumerate([self.admitted.values(), *self.batches]):

@@ -26,7 +26,7 @@ from dpsrl.controller import Controller, Outcome
 from dpsrl.exits import code_of
 from dpsrl.files import check_writable, written_to
 from dpsrl.machine import num_cores
-from dpsrl.metrics import plain
+from dpsrl.metrics import plain_record
 from dpsrl.own import is_own, load_own
 from dpsrl.selection import METHODS
 from dpsrl.selection.options import nearest
@@ -230,7 +230,7 @@ def summarize(results: list[Result], plan: Plan) -> list[dict[str, Any]]:
                 "of_clairvoyant": shares.mean() / ceiling if ceiling else None, "difference": difference,
                 "half_width": half_width, **mean,
             }  # fmt: skip
-            rows.append({name: plain(value) for name, value in row.items()})
+            rows.append(plain_record(row))
     return rows
 
 
@@ -331,9 +331,8 @@ def check(plan: Plan) -> Plan:
         if method not in known and not is_own(method.removesuffix("+mixed")):
             raise UserError(f"method {method!r} is unknown; {nearest(method, known)}.")
         if method != CLAIRVOYANT:
-            build_controller(
-                method, max(min(plan.batch, num_prompts), 2), 1, 0, plan
-            )  # refuses options before anything runs
+            batch = max(min(plan.batch, num_prompts), 2)
+            build_controller(method, batch, 1, 0, plan)  # refuses options before anything runs
     for method in plan.options:
         if method not in {name.partition("+")[0] for name in plan.methods}:
             raise UserError(f"options of {method} would have no effect, since it is not among methods; leave them out.")

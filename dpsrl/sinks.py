@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dpsrl.guard import Followed
-from dpsrl.metrics import Record, plain
+from dpsrl.metrics import Record, plain_record
 from dpsrl.types import UserError
 
 PROCESS = Path(__file__).with_name("sink_process.py")
@@ -75,7 +75,7 @@ class Sink:
     def _put(self, values: Mapping[str, Any]) -> None:
         if self._lines.unfinished_tasks == 0:
             self._silent_since = self._clock()
-        self._lines.put(json.dumps({name: plain(value) for name, value in values.items()}) + "\n")
+        self._lines.put(json.dumps(plain_record(values)) + "\n")
 
     def _feed(self) -> None:
         process = self._process

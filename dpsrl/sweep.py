@@ -29,10 +29,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from dpsrl.config import Config, as_read, load_config, parse_override, quoted
+from dpsrl.config import Config, as_read, load_config, parse_override, quoted, selector_of
 from dpsrl.data.files import first_line
 from dpsrl.exits import code_of
-from dpsrl.files import written_beside
+from dpsrl.files import write_text
 from dpsrl.guard import Guard
 from dpsrl.lane import Lane
 from dpsrl.own import has_own, is_own
@@ -103,12 +103,10 @@ def values_of(argument: str, override: Any) -> list[str]:
 
 def check_method(config: Config, values: Sequence[str]) -> None:
     """UserError, with the run's values, for options that its method does not take; one's own is tried by its run."""
-    from dpsrl.launch import check_selection  # brings Ray
-
     if is_own(config.selection.method):
         return
     try:
-        check_selection(config, num_prompts=1)
+        selector_of(config, num_prompts=1)
     except UserError as error:
         raise UserError(f"the run of {' '.join(values)}: {error}") from error
 
@@ -219,8 +217,7 @@ def sweep(asked: Plan, console: Console, entry: Sequence[str] = ENTRY) -> int:
     """Runs what is not finished yet, prints the table and writes the page. 0 if all runs are finished, else 1."""
     check_same_sweep(asked)
     with RunFolder(asked.folder).lock():
-        with written_beside(asked.folder / "sweep.json") as partial:
-            partial.write_text(json.dumps(sorted(asked.shared)))
+        write_text(asked.folder / "sweep.json", json.dumps(sorted(asked.shared)))
         states = {}
         with Runs() as runs:
             for place, name in enumerate(asked.runs, 1):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dpsrl import plots
-from dpsrl.files import written_beside
+from dpsrl.files import write_text
 from dpsrl.report.load import Run, load_run
 from dpsrl.report.page import metrics_table, render, unique_names
 from dpsrl.report.panels import every_figure
@@ -30,8 +30,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def write_page(runs: Sequence[Run], path: Path) -> Path:
-    with written_beside(path) as partial:
-        partial.write_text(render(runs), encoding="utf-8")
+    write_text(path, render(runs))
     return path
 
 

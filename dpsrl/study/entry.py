@@ -14,7 +14,7 @@ from rich.console import Console
 
 from dpsrl import printed
 from dpsrl.exits import code_of
-from dpsrl.files import check_writable, written_to
+from dpsrl.files import check_writable, write_text, written_to
 from dpsrl.metrics import Record, write_summary
 from dpsrl.run_folder import RunFolder
 from dpsrl.selection.options import nearest
@@ -23,7 +23,7 @@ from dpsrl.study.origin import check_origin
 from dpsrl.study.plan import Plan, read_plan
 from dpsrl.study.record import is_whole
 from dpsrl.study.runs import make_runs, read_record, record_file
-from dpsrl.study.stored import Damaged, of_git, read_object, write_text
+from dpsrl.study.stored import Damaged, of_git, read_object
 from dpsrl.study.tables import Table, fill, kind_of, lines_of, markdown, tables_of
 from dpsrl.sweep import PLAIN, log_of
 from dpsrl.types import UserError

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpsrl import plots
+from dpsrl.files import write_text
 from dpsrl.metrics import Record
 from dpsrl.study.analysis import AT_THE_START, CENSORED, mean_interval
 from dpsrl.study.plan import Plan
 from dpsrl.study.rows import Runs, compared, runs_of, same_cores
-from dpsrl.study.stored import write_text
 from dpsrl.study.tables import Table
 
 if TYPE_CHECKING:

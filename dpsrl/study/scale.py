@@ -24,8 +24,9 @@ from rich.console import Console
 from dpsrl import printed
 from dpsrl.checkpoint import reason
 from dpsrl.exits import code_of
+from dpsrl.files import write_text
 from dpsrl.study.marks import fill_marks, markdown_of
-from dpsrl.study.stored import Damaged, of_git, read_object, write_text
+from dpsrl.study.stored import Damaged, of_git, read_object
 from dpsrl.types import UserError
 
 CONSTANTS, PAGE = Path("docs/study/constants.json"), Path("docs/results.md")
@@ -117,18 +118,6 @@ def methods(c: Constants) -> dict[str, Method]:
         Method("dps", dps), Method("dps, refilled", dps, refills=True),
     )  # fmt: skip
     return {method.name: method for method in made}
-
-
-def read_entries(path: Path = CONSTANTS) -> dict[str, Any]:
-    """UserError where it is not there or damaged."""
-    if not path.is_file():
-        raise UserError(f"{path} is not here: run this in a clone's first folder")
-    entries = read_object(path, of_git(path))
-    try:
-        tables(entries)
-    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise Damaged(f"{path} lacks constants or parts of them ({reason(error)}): {of_git(path)}") from error
-    return entries
 
 
 def record_measured(path: Path, found: dict[str, float], load: float) -> None:
@@ -402,11 +391,21 @@ def fill(page: str, entries: dict[str, Any]) -> str:
     return fill_marks(page, "scale", made.__getitem__)
 
 
+def read_all(path: Path = CONSTANTS) -> tuple[dict[str, Any], dict[str, Lines]]:
+    """The constants and their tables; UserError where they are not there or damaged."""
+    if not path.is_file():
+        raise UserError(f"{path} is not here: run this in a clone's first folder")
+    entries = read_object(path, of_git(path))
+    try:
+        return entries, tables(entries)
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise Damaged(f"{path} lacks constants or parts of them ({reason(error)}): {of_git(path)}") from error
+
+
 def show(console: Console) -> None:
-    entries = read_entries()
+    entries, made = read_all()
     if not PAGE.is_file():
         raise UserError(f"{PAGE} is not here, which the tables go into: {of_git(PAGE)}")
-    made = tables(entries)
     savings_shown = [name for name in made["savings"][0] if "saves" in name]
     printed.show(console, "of the time for as many mixed groups", made["savings"], ["model", "GPUs", *savings_shown])
     printed.show(console, "where a part takes a tenth of a step", made["limits"], made["limits"][0])

@@ -1,4 +1,4 @@
-"""Files of a study: a damaged one is named, and one that exists is whole."""
+"""JSON files of a study: a damaged one is named."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dpsrl.files import written_beside
 from dpsrl.types import UserError
 
 
@@ -28,8 +27,3 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
 def of_git(path: Path) -> str:
     """The remedy for a file that is in the repository."""
     return f"bring it back with `git checkout {path}`"
-
-
-def write_text(path: Path, text: str) -> None:
-    with written_beside(path) as partial:
-        partial.write_text(text, encoding="utf-8")
